@@ -1,0 +1,313 @@
+"""Images in: any photo that a user has becomes an upright RGB picture, or one clear error; pictures become tensors.
+
+Opening is defensive because photos come from anywhere: the size is checked from the header before a pixel is decoded,
+only raster formats without embedded programs are accepted, and whatever a damaged file makes the decoder raise comes
+out as an :class:`~mplug_core.errors.ImageError` with a code that programs can use.
+
+The test transform needs only Pillow and torch; torchvision (seconds to import) is loaded when a training transform is
+made.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mplug_core.errors import ImageError
+
+# Pillow warns about doubtful EXIF, palettes and sizes; the user gets an error or an answer, never those lines. A filter
+# on Pillow's own modules is used instead of catch_warnings around each call, which is not safe with threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 30
+
+# Raster formats with a signature only: EPS and WMF run interpreters, and TGA's reader takes text files for pictures.
+_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "ICO", "QOI")
+
+# First bytes of image formats: a file that begins so and can't be opened is damaged, anything else is no image.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, target: int | None = None) -> Image.Image:
+    """Open an image file, or encoded image bytes, as an upright RGB picture on white, fully decoded.
+
+    EXIF rotation is applied; CMYK, palette, grey and 16-bit images are converted; transparency is laid on white; of an
+    animation the first frame counts. ``max_pixels`` is compared with the header's size before decoding (and can't
+    exceed Pillow's own cap of about 178 million). With ``target`` (the side, in pixels, that the picture will be
+    resized to) a JPEG is decoded at the smallest of its built-in scales whose sides are still at least twice that,
+    which saves most of the time on camera photos and leaves the resized picture practically unchanged.
+
+    Raises ImageError with code ``missing``, ``empty``, ``unreadable`` (a folder, a device, no permission),
+    ``not_an_image``, ``broken`` (damaged or cut short) or ``too_large``.
+    """
+    name = "the image data" if isinstance(source, bytes) else _shown(source)
+    file = _open_bytes(source, name)
+    with file:
+        head = file.read(512)
+        if not head:
+            raise ImageError(f"{name} is empty", "the file has no bytes: copy or download it again", "empty")
+        try:
+            image = Image.open(file, formats=_formats())
+        except Image.DecompressionBombError as error:
+            raise _too_large(name, None, max_pixels) from error
+        except MemoryError as error:
+            raise _too_large(name, None, max_pixels) from error
+        except UnidentifiedImageError as error:
+            raise _unidentified(name, head) from error
+        except Exception as error:
+            raise _broken(name, error) from error
+        with image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _too_large(name, (width, height), max_pixels)
+            if width * height == 0:
+                raise ImageError(f"{name} has no pixels ({width} x {height})", "save it again", "broken")
+            try:
+                if target and image.format in ("JPEG", "MPO"):
+                    image.draft(None, (2 * target, 2 * target))
+                image.load()
+                return _rgb(_upright(image))
+            except MemoryError as error:
+                raise _too_large(name, (width, height), max_pixels) from error
+            except Exception as error:
+                raise _broken(name, error) from error
+
+
+def _shown(source: str | Path) -> str:
+    """The path as it may go to a terminal or a JSON line: valid Unicode without control characters."""
+    text = os.fsencode(source).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text) or "the empty path"
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open_bytes(source: str | Path | bytes, name: str) -> Any:
+    """A seekable binary file on ``source``; pipes (``<(curl ...)``) are read whole, devices and folders refused."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        mode = os.stat(source).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name} is a folder, not an image", "name the files in it", "unreadable")
+        if stat.S_ISREG(mode):
+            return open(source, "rb")
+        if stat.S_ISFIFO(mode):
+            with open(source, "rb") as pipe:
+                data = pipe.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ImageError(f"{name} gives more than {MAX_BYTES >> 20} MB", "send one image", "too_large")
+            return io.BytesIO(data)
+        raise ImageError(f"{name} is a device or socket, not an image", "name an image file", "unreadable")
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        number = getattr(error, "errno", None)
+        if number in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise ImageError(f"{name} does not exist", "check the path", "missing") from error
+        if number in (errno.EACCES, errno.EPERM):
+            raise ImageError(f"{name} can't be read: permission denied", "change its mode", "unreadable") from error
+        raise ImageError(f"{name} can't be read: {os.strerror(number)}", "check the file", "unreadable") from error
+
+
+def _unidentified(name: str, head: bytes) -> ImageError:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html")) or b"<html" in text:
+        return ImageError(
+            f"{name} is an HTML page, not an image", "download the image, not its page", "not_an_image"
+        )
+    if text.startswith(b"version https://git-lfs"):
+        return ImageError(f"{name} is a Git LFS pointer, not an image", "run git lfs pull", "not_an_image")
+    if b"<svg" in text or text.startswith(b"%pdf") or text.startswith(b"%!ps"):
+        return ImageError(f"{name} is a drawing, not a photo", "export it as PNG or JPEG", "not_an_image")
+    if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+        return ImageError(f"{name} is a HEIC photo, which can't be opened", "convert it to JPEG", "not_an_image")
+    if head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return ImageError(f"{name} is damaged or cut short", "copy or download it again", "broken")
+    return ImageError(f"{name} is not an image", "give a JPEG, PNG, WebP, GIF, BMP or TIFF file", "not_an_image")
+
+
+def _broken(name: str, error: Exception) -> ImageError:
+    reason = " ".join(str(error).split())[:120]
+    if "truncated" in reason.lower():
+        return ImageError(f"{name} is cut short", "copy or download it again", "broken")
+    return ImageError(f"{name} is damaged: {reason or type(error).__name__}", "copy or download it again", "broken")
+
+
+def _too_large(name: str, size: tuple[int, int] | None, max_pixels: int) -> ImageError:
+    shown = f": {size[0]} x {size[1]} pixels" if size else ""
+    return ImageError(
+        f"{name} is too large{shown}, and the cap is {max_pixels / 1e6:g} million pixels", "scale it down", "too_large"
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(0x0112, 1) not in (None, 1)
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = _eight_bit(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    # A copy where nothing is converted: the picture has to outlive the file.
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey with 16 or 32 bits a pixel as 8-bit grey. Pillow's own conversion clips, which gives white pictures.
+
+    The range is 0..1, 0..255 or 0..65535, the smallest that holds the values of a float or 32-bit image (16-bit images
+    say their range); outside of all, the picture's own range.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = 0.0, 65535.0
+    if not image.mode.startswith("I;"):
+        if values.min() < 0 or values.max() > 65535:
+            low, high = float(values.min()), float(values.max())
+        elif values.max() <= 255:
+            high = 1.0 if image.mode == "F" and values.max() <= 1 else 255.0
+    return Image.fromarray(np.rint((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """PIL picture -> float tensor [3, size, size]: squashed to a square (bicubic), scaled to 0..1, normalised."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return to_tensor(image, self.mean, self.std)
+
+
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """RGB picture of H x W -> float tensor [3, H, W], ``(value / 255 - mean) / std`` a channel."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32).contiguous()
+    return pixels.div_(255).sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """PIL picture -> float tensor [3, size, size]: random crop, flip and RandAugment, then as in the test transform."""
+
+    augment: Callable[[Image.Image], Image.Image]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return to_tensor(self.augment(image if image.mode == "RGB" else image.convert("RGB")), self.mean, self.std)
+
+
+_RAND_AUGMENT_OPS = (
+    "identity", "autocontrast", "equalize", "brightness", "sharpness",
+    "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """``count`` random operations out of ten that keep colours, each of strength ``magnitude`` out of 10.
+
+    At strength 10 brightness and sharpness change by a factor of 0.1 or 1.9, shear is 0.3, translation a tenth of the
+    side, rotation 30 degrees; signs are random and uncovered corners grey. torchvision's RandAugment also has
+    operations that change colours (posterise, solarise, colour), which would make captions wrong. Random numbers are
+    torch's, so seeded workers repeat.
+    """
+
+    count: int
+    magnitude: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for index in torch.randint(len(_RAND_AUGMENT_OPS), (self.count,)).tolist():
+            sign = 1.0 if torch.rand(()).item() < 0.5 else -1.0
+            image = self.apply(image, _RAND_AUGMENT_OPS[index], sign * self.magnitude / 10)
+        return image
+
+    @staticmethod
+    def apply(image: Image.Image, op: str, level: float) -> Image.Image:
+        """One operation by name at ``level`` in -1..1."""
+        from torchvision.transforms.v2 import functional as F
+
+        if op == "identity":
+            return image
+        if op == "autocontrast":
+            return F.autocontrast(image)
+        if op == "equalize":
+            return F.equalize(image)
+        if op == "brightness":
+            return F.adjust_brightness(image, 1 + 0.9 * level)
+        if op == "sharpness":
+            return F.adjust_sharpness(image, 1 + 0.9 * level)
+        angle, shift, shear = 0.0, [0, 0], [0.0, 0.0]
+        axis = 1 if op.endswith("_y") else 0
+        if op.startswith("shear"):
+            shear[axis] = float(np.degrees(np.arctan(0.3 * level)))
+        elif op.startswith("translate"):
+            shift[axis] = round(0.1 * level * image.size[axis])
+        elif op == "rotate":
+            angle = 30 * level
+        else:
+            raise ValueError(f"{op} is not one of {', '.join(_RAND_AUGMENT_OPS)}")
+        return F.affine(image, angle, shift, 1.0, shear, fill=[128, 128, 128])
+
+
+def eval_transform(size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> EvalTransform:
+    """The transform of testing and inference; picklable, and fast to make."""
+    return EvalTransform(int(size), tuple(mean), tuple(std))
+
+
+def train_transform(
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    scale: tuple[float, float] = (0.5, 1.0),
+    flip: bool = True,
+    randaugment: tuple[int, int] | None = (2, 7),
+) -> TrainTransform:
+    """The transform of training, with torch's random numbers; picklable.
+
+    ``scale`` is the share of the picture that a random crop keeps (pre-training from scratch uses 0.2..1). Pass
+    ``flip=False`` where texts name left and right. ``randaugment`` is (operations, magnitude out of 10).
+    """
+    from torchvision.transforms import v2
+
+    steps: list[Callable[[Image.Image], Image.Image]] = [
+        v2.RandomResizedCrop(size, scale=tuple(scale), interpolation=v2.InterpolationMode.BICUBIC)
+    ]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if randaugment:
+        steps.append(RandAugment(*randaugment))
+    return TrainTransform(v2.Compose(steps), tuple(mean), tuple(std))

@@ -1,0 +1,273 @@
+"""Generation on top of the model: greedy, beam and nucleus sampling, for a batch of images at once.
+
+The memory of an image (its encoding, and the keys and values made from it) is computed once and shared by all its
+beams or samples; only the prefix caches are reordered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mplug_core.model.attention import DecoderCache
+from mplug_core.model.decoder import Decoder
+
+
+class Decoding(BaseModel):
+    """How to generate. Lengths count new tokens, the end token included.
+
+    ``strategy`` *beam* keeps the ``beams`` best live prefixes and a pool of finished ones until no live one can still
+    win. *released* is the beam search of the authors' released code: a finished beam stays in the race as if it went
+    on, an image ends when its best beam ends, and then all of its current beams are hypotheses. Scores are
+    ``sum log p / ((5 + n) / 6) ** length_penalty``. ``no_repeat`` forbids to repeat any n-gram of that size.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Literal["greedy", "beam", "released", "sample"] = "beam"
+    beams: Annotated[int, Field(gt=0)] = 5
+    min_tokens: Annotated[int, Field(ge=0)] = 1
+    max_tokens: Annotated[int, Field(gt=0)] = 25
+    length_penalty: float = 0.6
+    no_repeat: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    best: Annotated[int, Field(gt=0)] = 1
+    use_cache: bool = True
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A generated sequence: new token ids (with the end token, if it was reached), score, and mean log-probability."""
+
+    ids: list[int]
+    score: float
+    log_probability: float
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the token probabilities, 0 .. 1."""
+        return float(torch.tensor(self.log_probability / max(len(self.ids), 1)).exp())
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    memory: Tensor,
+    memory_mask: Tensor | None,
+    decoding: Decoding,
+    *,
+    start: int,
+    end: int,
+    prompt: list[int] | None = None,
+    forbidden: list[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[Hypothesis]]:
+    """The ``decoding.best`` hypotheses of each row of ``memory`` [B, N, W] (mask [B, N]), best first.
+
+    ``prompt`` are ids between the start token and the generated ones; ``forbidden`` ids are never generated.
+    """
+    first = [start, *(prompt or [])]
+    room = decoder.embeddings.positions.num_embeddings - len(first)
+    state = _Search(decoder, memory, memory_mask, decoding, first, end, forbidden or [], min(decoding.max_tokens, room))
+    if decoding.strategy == "released":
+        found = _released_beam(state)
+    elif decoding.strategy == "beam":
+        found = _beam(state)
+    elif decoding.strategy == "greedy":
+        found = _step_by_step(state, 1, lambda logp: logp.argmax(-1))
+    else:
+        found = _step_by_step(state, decoding.best, lambda logp: _nucleus(logp, decoding, generator))
+    return [sorted(hypotheses, key=lambda h: -h.score)[: decoding.best] for hypotheses in found]
+
+
+class _Search:
+    """The live sequences of a search: ``per_image`` next to each other for every image that is not finished."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        memory: Tensor,
+        memory_mask: Tensor | None,
+        decoding: Decoding,
+        first: list[int],
+        end: int,
+        forbidden: list[int],
+        steps: int,
+    ) -> None:
+        self.decoder, self.decoding = decoder, decoding
+        self.memory, self.memory_mask = memory, memory_mask
+        self.first, self.end, self.forbidden, self.steps = first, end, forbidden, steps
+        self.images = len(memory)
+        self.cache = DecoderCache(len(decoder.layers)) if decoding.use_cache else None
+
+    def begin(self, per_image: int) -> None:
+        """Start ``per_image`` equal sequences for every image."""
+        start = torch.tensor(self.first, device=self.memory.device)
+        self.ids = start.repeat(self.images * per_image, 1)
+        self.unseen = self.ids
+
+    def log_probabilities(self, step: int) -> Tensor:
+        """[sequences, V] of the next token in fp32, with what is not allowed at -inf."""
+        if self.cache is None:
+            hidden = self.decoder(self.ids, self.memory, self.memory_mask)
+        else:
+            hidden = self.decoder(self.unseen, self.memory, self.memory_mask, self.cache)
+        logp = self.decoder.logits(hidden[:, -1]).float().log_softmax(-1)
+        if step < self.decoding.min_tokens:
+            logp[:, self.end] = -torch.inf
+        if self.forbidden:
+            logp[:, self.forbidden] = -torch.inf
+        if self.decoding.no_repeat:
+            self._forbid_repeats(logp)
+        return logp
+
+    def _forbid_repeats(self, logp: Tensor) -> None:
+        """-inf for each token that would complete an n-gram which the sequence has already."""
+        n = self.decoding.no_repeat
+        new = self.ids[:, len(self.first) :]
+        if new.shape[1] < n:
+            return
+        grams = new.unfold(1, n, 1)
+        tail = new[:, new.shape[1] - n + 1 :]
+        seen = (grams[:, :, :-1] == tail[:, None]).all(-1)
+        rows, places = seen.nonzero(as_tuple=True)
+        logp[rows, grams[rows, places, -1]] = -torch.inf
+
+    def advance(self, sequences: Tensor | None, tokens: Tensor, images: Tensor | None = None) -> None:
+        """Row i continues old row ``sequences[i]`` with ``tokens[i]``; ``images`` are those that stay (None: all)."""
+        if sequences is not None:
+            self.ids = self.ids.index_select(0, sequences)
+            if self.cache is not None:
+                self.cache.reorder(sequences, images)
+        if images is not None:
+            self.memory = self.memory.index_select(0, images)
+            if self.memory_mask is not None:
+                self.memory_mask = self.memory_mask.index_select(0, images)
+        self.unseen = tokens[:, None]
+        self.ids = torch.cat([self.ids, self.unseen], 1)
+
+    def penalty(self, length: int) -> float:
+        return ((5 + length) / 6) ** self.decoding.length_penalty
+
+    def hypothesis(self, ids: Tensor, log_probability: float) -> Hypothesis:
+        new = ids[len(self.first) :].tolist()
+        return Hypothesis(new, log_probability / self.penalty(len(new)), log_probability)
+
+
+def _step_by_step(state: _Search, per_image: int, choose) -> list[list[Hypothesis]]:
+    """Greedy and sampling: each sequence goes on by itself until its end token."""
+    state.begin(per_image)
+    rows = len(state.ids)
+    found: list[list[Hypothesis]] = [[] for _ in range(state.images)]
+    total = torch.zeros(rows, device=state.ids.device)
+    done = torch.zeros(rows, dtype=torch.bool, device=state.ids.device)
+    for step in range(state.steps):
+        logp = state.log_probabilities(step)
+        tokens = choose(logp)
+        total = torch.where(done, total, total + logp.gather(1, tokens[:, None])[:, 0])
+        state.advance(None, tokens)
+        last = step + 1 == state.steps
+        for row in (~done & ((tokens == state.end) | last)).nonzero()[:, 0].tolist():
+            found[row // per_image].append(state.hypothesis(state.ids[row], float(total[row])))
+        done |= tokens == state.end
+        if bool(done.all()):
+            break
+    return found
+
+
+def _nucleus(logp: Tensor, decoding: Decoding, generator: torch.Generator | None) -> Tensor:
+    """One token per row from the smallest set of tokens that holds ``top_p`` of the probability."""
+    ordered, order = (logp / decoding.temperature).softmax(-1).sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= decoding.top_p
+    chosen = torch.multinomial(ordered.masked_fill(outside, 0), 1, generator=generator)
+    return order.gather(1, chosen)[:, 0]
+
+
+def _top(state: _Search, logp: Tensor, total: Tensor, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` best continuations of each image: log-probabilities, their beam, their token ([B, count] each)."""
+    sums = (total[:, None] + logp).view(-1, width * logp.shape[-1])
+    best, places = sums.topk(count, -1)
+    return best, places.div(logp.shape[-1], rounding_mode="floor"), places % logp.shape[-1]
+
+
+def _first_totals(images: int, width: int, device: torch.device) -> Tensor:
+    """All beams start equal: only the first of each image may be continued in the first step."""
+    total = torch.full((images, width), -torch.inf, device=device)
+    total[:, 0] = 0
+    return total.view(-1)
+
+
+def _released_beam(state: _Search) -> list[list[Hypothesis]]:
+    """The released rule (see :class:`Decoding`)."""
+    width = state.decoding.beams
+    state.begin(width)
+    found: list[list[Hypothesis]] = [[] for _ in range(state.images)]
+    alive = torch.arange(state.images, device=state.ids.device)
+    total = _first_totals(state.images, width, state.ids.device)
+    for step in range(state.steps):
+        best, beams, tokens = _top(state, state.log_probabilities(step), total, width, width)
+        finished = tokens == state.end
+        ends = finished[:, 0] | (step + 1 == state.steps)
+        finished = finished | ends[:, None]
+        rows = torch.arange(len(alive), device=alive.device)[:, None] * width + beams
+        for image, beam in finished.nonzero().tolist():
+            ids = torch.cat([state.ids[rows[image, beam]], tokens[image, beam : beam + 1]])
+            found[int(alive[image])].append(state.hypothesis(ids, float(best[image, beam])))
+        stay = (~ends).nonzero()[:, 0]
+        if not len(stay):
+            break
+        total = best[stay].view(-1)
+        state.advance(rows[stay].view(-1), tokens[stay].view(-1), None if len(stay) == len(alive) else stay)
+        alive = alive[stay]
+    return found
+
+
+def _beam(state: _Search) -> list[list[Hypothesis]]:
+    """Standard beam search: finished hypotheses leave the beam; an image ends when no live beam can beat its worst."""
+    width = state.decoding.beams
+    state.begin(width)
+    found: list[list[Hypothesis]] = [[] for _ in range(state.images)]
+    alive = torch.arange(state.images, device=state.ids.device)
+    total = _first_totals(state.images, width, state.ids.device)
+    for step in range(state.steps):
+        best, beams, tokens = _top(state, state.log_probabilities(step), total, width, 2 * width)
+        rows = torch.arange(len(alive), device=alive.device)[:, None] * width + beams
+        ended = (tokens == state.end) & best.isfinite()
+        # a candidate beyond the width counts as finished only if it would have stayed in the beam
+        ended_inside = ended.clone()
+        ended_inside[:, width:] = False
+        for image, beam in ended_inside.nonzero().tolist():
+            ids = torch.cat([state.ids[rows[image, beam]], tokens[image, beam : beam + 1]])
+            found[int(alive[image])].append(state.hypothesis(ids, float(best[image, beam])))
+        # the live ones: the best `width` that did not end; 2 * width candidates always hold that many
+        live = (ended.int() * 2 * width + torch.arange(2 * width, device=ended.device)).argsort(-1)[:, :width]
+        best, rows, tokens = best.gather(1, live), rows.gather(1, live), tokens.gather(1, live)
+        last = step + 1 == state.steps
+        stay = []
+        for image, owner in enumerate(alive.tolist()):
+            hypotheses = sorted(found[owner], key=lambda h: -h.score)[:width]
+            if last:
+                unfinished = [
+                    state.hypothesis(torch.cat([state.ids[rows[image, b]], tokens[image, b : b + 1]]), float(best[image, b]))
+                    for b in range(width)
+                    if best[image, b].isfinite()
+                ]
+                # sequences without an end only fill up what finished ones leave open
+                hypotheses += sorted(unfinished, key=lambda h: -h.score)[: width - len(hypotheses)]
+            found[owner] = hypotheses
+            # log-probabilities only fall, so a live beam's bound is its present sum at the longest length
+            bound = float(best[image, 0]) / state.penalty(state.steps if state.decoding.length_penalty > 0 else step + 1)
+            if not last and (len(hypotheses) < width or hypotheses[-1].score < bound):
+                stay.append(image)
+        if not stay:
+            break
+        kept = torch.tensor(stay, device=alive.device)
+        total = best[kept].view(-1)
+        state.advance(rows[kept].view(-1), tokens[kept].view(-1), None if len(stay) == len(alive) else kept)
+        alive = alive[kept]
+    return found

@@ -1,0 +1,213 @@
+"""The assembly: encode the image, encode the text, fuse, decode; and the heads (paper figure 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mplug_core.model.attention import DecoderCache
+from mplug_core.model.config import MplugConfig
+from mplug_core.model.decoder import Decoder, LanguageHead
+from mplug_core.model.fusion import Fusion
+from mplug_core.model.text import TextEncoder
+from mplug_core.model.vision import VisualEncoder
+
+
+@dataclass
+class ImageEncoding:
+    """What the model knows of a batch of images, computed once and shared by all texts on them.
+
+    ``tokens`` [B, N, W], ``feature`` [B, E] (normalised, contrastive), ``mask`` [B, N] (True = real).
+    """
+
+    tokens: Tensor
+    feature: Tensor
+    mask: Tensor
+
+    def __getitem__(self, index: Tensor) -> ImageEncoding:
+        """Rows by index, a row as often as it is named."""
+        return ImageEncoding(self.tokens[index], self.feature[index], self.mask[index])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def detach(self) -> ImageEncoding:
+        return ImageEncoding(self.tokens.detach(), self.feature.detach(), self.mask)
+
+    @classmethod
+    def join(cls, parts: Iterable[ImageEncoding]) -> ImageEncoding:
+        """Images of several encodings in one; shorter ones are padded and masked."""
+        parts = list(parts)
+        longest = max(part.tokens.shape[1] for part in parts)
+        tokens = [F.pad(p.tokens, (0, 0, 0, longest - p.tokens.shape[1])) for p in parts]
+        masks = [F.pad(p.mask, (0, longest - p.mask.shape[1])) for p in parts]
+        return cls(torch.cat(tokens), torch.cat([p.feature for p in parts]), torch.cat(masks))
+
+
+class SummaryTokens(nn.Module):
+    """Image tokens made from a contrastive feature, so that a text's feature can stand in for an image."""
+
+    def __init__(self, config: MplugConfig) -> None:
+        super().__init__()
+        self.count = config.summary_tokens
+        self.hidden = nn.Linear(config.embed_dim, 2 * config.width)
+        self.tokens = nn.Linear(2 * config.width, self.count * config.width)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B, E] of unit length to [B, K, W]."""
+        # unit length makes entries of about 1/sqrt(E): bring them to the scale that layers expect
+        scaled = feature * feature.shape[-1] ** 0.5
+        tokens = self.tokens(F.gelu(self.hidden(scaled)))
+        return self.norm(tokens.view(len(feature), self.count, -1))
+
+
+class Classifier(nn.Module):
+    """Labels from the fused [CLS] of each image of an example, joined (two images: NLVR2; one: SNLI-VE)."""
+
+    def __init__(self, images: int, width: int, labels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(images * width, width)
+        self.out = nn.Linear(width, labels)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        """``joined`` [B, images * W] to logits [B, labels]."""
+        return self.out(F.gelu(self.hidden(joined)))
+
+
+class ContrastiveHead(nn.Sequential):
+    """To the contrastive space: one linear layer, or a hidden layer before it for a frozen backbone."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, dropout: float) -> None:
+        if hidden:
+            layers = [nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout)]
+            super().__init__(*layers, nn.Linear(hidden, outputs))
+        else:
+            super().__init__(nn.Linear(inputs, outputs))
+
+
+class Mplug(nn.Module):
+    """mPLUG: visual encoder, text encoder, skip-connected fusion, decoder. Tensors in, tensors out."""
+
+    def __init__(self, config: MplugConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, embed = config.width, config.embed_dim
+        self.visual = VisualEncoder(config)
+        grid = self.visual.grid
+        self.grid_positions = None
+        self.visual_projection = None
+        if not self.visual.is_transformer:
+            # a convolutional grid says nothing of where a cell lies
+            self.grid_positions = nn.Parameter(torch.randn(grid[0] * grid[1], width) * 0.02)
+        if not self.visual.is_transformer or self.visual.width != width:
+            norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.visual_projection = nn.Sequential(nn.Linear(self.visual.width, width), norm)
+        pooled = width if self.visual.is_transformer else self.visual.pooled_width
+        self.image_projection = ContrastiveHead(pooled, config.image_head, embed, config.dropout)
+        self.summary = SummaryTokens(config) if config.summary_tokens else None
+        self.text = TextEncoder(config)
+        self.text_projection = nn.Linear(width, embed)
+        self.fusion = Fusion(config)
+        self.matching_head = nn.Linear(width, 2)
+        self.masked_head = LanguageHead(config)
+        self.decoder = Decoder(config) if config.decoder_layers else None
+        self.classifiers = nn.ModuleDict(
+            {name: Classifier(c.images, width, len(c.labels)) for name, c in config.classifiers.items()}
+        )
+        # of shape (1,): DeepSpeed can't partition a scalar
+        self.temperature = nn.Parameter(torch.tensor([config.temperature]))
+        for name, part in self.named_children():
+            if name != "visual":  # timm initialises its backbones itself
+                part.apply(initialise)
+
+    def set_checkpointing(self, towers: Iterable[str]) -> None:
+        """Recompute the activations of the named towers (visual, text, fusion, decoder) in the backward pass."""
+        towers = set(towers)
+        self.visual.set_checkpointing("visual" in towers)
+        self.text.checkpointing = "text" in towers
+        self.fusion.checkpointing = "fusion" in towers
+        if self.decoder is not None:
+            self.decoder.checkpointing = "decoder" in towers
+
+    def encode_image(self, pixels: Tensor) -> ImageEncoding:
+        """``pixels`` [B, 3, H, W], normalised as the configuration says."""
+        return self.encode_features(self.visual(pixels))
+
+    def encode_features(self, features: Tensor) -> ImageEncoding:
+        """From the backbone's tokens [B, N, C], which a frozen backbone computes once per image."""
+        tokens = features if self.visual_projection is None else self.visual_projection(features)
+        if self.visual.is_transformer:
+            pooled = tokens[:, 0]
+        else:
+            pooled = self.visual.pool(features)
+            tokens = tokens + self.grid_positions
+        feature = F.normalize(self.image_projection(pooled), dim=-1)
+        if self.summary is not None:
+            tokens = torch.cat([self.summary(feature), tokens], 1)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return ImageEncoding(tokens, feature, mask)
+
+    def imagine(self, feature: Tensor) -> ImageEncoding:
+        """An image of which only its contrastive feature [B, E] is known: the summary tokens alone."""
+        tokens = self.summary(feature)
+        return ImageEncoding(tokens, feature, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """``ids`` and ``mask`` [B, T] to [B, T, W]."""
+        return self.text(ids, mask)
+
+    def text_feature(self, text: Tensor, mask: Tensor) -> Tensor:
+        """Contrastive feature [B, E] of encoded text [B, T, W]: its [CLS], or its mean as ``text_pooling`` says."""
+        if self.config.text_pooling == "mean":
+            weights = mask.to(text.dtype)[..., None]
+            pooled = (text * weights).sum(1) / weights.sum(1).clamp(min=1)
+        else:
+            pooled = text[:, 0]
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def fuse(self, image: ImageEncoding, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Fused image tokens [B, N, W] and text [B, T, W]."""
+        return self.fusion(image.tokens, text, image.mask, text_mask)
+
+    def memory(
+        self, image: ImageEncoding, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the decoder looks at, and its mask: the fused [image ; text], or without a text the image alone."""
+        if text is None:
+            return image.tokens, image.mask
+        fused_image, fused_text = self.fuse(image, text, text_mask)
+        return torch.cat([fused_image, fused_text], 1), torch.cat([image.mask, text_mask.bool()], 1)
+
+    def decode(
+        self, ids: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """Next-token logits [B, T, V]; see :class:`Decoder`."""
+        return self.decoder.logits(self.decoder(ids, memory, memory_mask, cache))
+
+    def matching_logits(self, fused_text: Tensor) -> Tensor:
+        """[B, T, W] to [B, 2]: does the text belong to the image (index 1)?"""
+        return self.matching_head(fused_text[:, 0])
+
+    def masked_logits(self, hidden: Tensor) -> Tensor:
+        """Fused text [..., W] at masked positions to logits [..., V]."""
+        return self.masked_head(hidden, self.text.embeddings.words)
+
+    def classify(self, name: str, fused_texts: list[Tensor]) -> Tensor:
+        """Logits of classifier ``name`` from the fused text of each image of the example."""
+        return self.classifiers[name](torch.cat([text[:, 0] for text in fused_texts], -1))
+
+
+def initialise(module: nn.Module) -> None:
+    """BERT's initialisation."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()

@@ -1,0 +1,78 @@
+"""Visual encoder: any timm backbone as a sequence of tokens, and the position embedding at any resolution."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mplug_core.errors import CheckpointError
+from mplug_core.model.config import MplugConfig
+from mplug_core.recipe import nearest
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """Resize a position embedding ``[prefix + h * w, C]`` of a square grid to ``grid``.
+
+    Bilinear over the grid, the first ``prefix`` rows (the class token) kept, ``align_corners`` off.
+    """
+    kept, cells = positions[:prefix], positions[prefix:]
+    side = round(len(cells) ** 0.5)
+    if (side, side) == tuple(grid):
+        return positions
+    if side * side != len(cells):
+        raise CheckpointError(f"position embedding of {len(cells)} cells is not a square grid")
+    square = cells.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([kept, resized.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(cells.dtype)])
+
+
+class VisualEncoder(nn.Module):
+    """A timm backbone whose last feature map or token sequence is the image's token sequence.
+
+    A vision transformer gives all its tokens after its final norm, the class token first. A convolutional network
+    gives the cells of its last grid, row by row. ``positions`` is the number of tokens at the configured size.
+    """
+
+    def __init__(self, config: MplugConfig) -> None:
+        super().__init__()
+        vision = config.vision
+        if not timm.is_model(vision.backbone):
+            known = nearest(vision.backbone, timm.list_models())
+            raise CheckpointError(f"timm has no backbone {vision.backbone!r}{known}", "see timm.list_models()")
+        options = dict(vision.options)
+        self.is_transformer = "vit_" in vision.backbone
+        if self.is_transformer:
+            options = {"img_size": vision.image_size, **options}
+        self.backbone = timm.create_model(vision.backbone, pretrained=False, num_classes=0, global_pool="", **options)
+        self.is_transformer = isinstance(self.backbone, timm.models.vision_transformer.VisionTransformer)
+        self.width = self.backbone.num_features
+        if self.is_transformer:
+            self.grid = self.backbone.patch_embed.grid_size
+            # the contrastive feature is read off the class token
+            self.pooled_width = self.width
+        else:
+            with torch.no_grad():
+                probe = self.backbone.eval().forward_features(torch.zeros(1, 3, vision.image_size, vision.image_size))
+            self.backbone.train()
+            self.width, self.grid = self._channels_first(probe).shape[1], self._channels_first(probe).shape[2:]
+            self.pooled_width = 2 * self.width
+
+    def _channels_first(self, grid: Tensor) -> Tensor:
+        return grid.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else grid
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.backbone.set_grad_checkpointing(enabled)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``pixels`` [B, 3, H, W] normalised; returns [B, N, C]."""
+        features = self.backbone.forward_features(pixels)
+        if self.is_transformer:
+            return features
+        return self._channels_first(features).flatten(2).transpose(1, 2)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """``tokens`` [B, N, C] of a convolutional network to [B, 2C]: their mean and maximum."""
+        return torch.cat([tokens.mean(1), tokens.amax(1)], -1)

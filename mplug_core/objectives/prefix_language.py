@@ -1,0 +1,158 @@
+"""Prefix language modelling (PrefixLM), and the loss of every text that the decoder writes.
+
+A caption is split at a random position: the prefix goes to the text encoder and is fused with the image, the decoder
+writes the rest. The same shifted next-token loss trains captions, answers and any other generated text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mplug_core.objectives.cross_entropy import token_cross_entropy
+
+
+class PrefixSplit(NamedTuple):
+    """``prefix_ids`` [B, P] = [CLS] w1..wk; ``target_ids`` [B, L] = [CLS] w(k+1)..wn [SEP]; right-padded, int64."""
+
+    prefix_ids: Tensor
+    prefix_mask: Tensor
+    target_ids: Tensor
+    target_mask: Tensor
+
+
+def split_prefix(
+    ids: Tensor | Sequence[Sequence[int]],
+    attention: Tensor | None,
+    cls_id: int,
+    sep_id: int,
+    generator: torch.Generator | None = None,
+    pad_id: int = 0,
+) -> PrefixSplit:
+    """Splits each caption [CLS] w1..wn [SEP] after a random word k, uniform over 0..n-1.
+
+    The prefix may be [CLS] alone (plain captioning); the target always has at least one word, unless the caption has
+    none (then it is [CLS] [SEP]). A caption without [SEP] keeps being without: no end is invented for a cut text.
+
+    Args:
+        ids: [B, T] right-padded ids, or a list of B lists of ids.
+        attention: [B, T], 0 at padding; None: everything counts (always for lists, which bring their own lengths).
+        cls_id, sep_id, pad_id: special ids; the target starts with ``cls_id``, the decoder's start token.
+        generator: source of the draws, on any device; None is torch's global one.
+
+    Raises:
+        ValueError: an empty caption (not even [CLS]).
+    """
+    if not isinstance(ids, Tensor):
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in ids]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    elif attention is None:
+        lengths = torch.full((len(ids),), ids.size(1), device=ids.device)
+    else:
+        lengths = attention.long().sum(1)
+    if not len(ids) or int(lengths.min()) < 1:
+        raise ValueError("split_prefix needs at least one caption, each with at least [CLS]")
+    ended = (ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1) == sep_id) & (lengths > 1)
+    words = lengths - 1 - ended.long()
+
+    device = ids.device if generator is None else generator.device
+    draw = torch.rand(len(ids), device=device, generator=generator).to(ids.device)
+    # rand < 1, but the product may round up to the number of words
+    split = torch.minimum((draw * words).long(), words - 1).clamp(min=0)
+
+    prefix_lengths, target_lengths = split + 1, lengths - split
+    columns = torch.arange(int(prefix_lengths.max()), device=ids.device)
+    prefix_mask = columns < prefix_lengths.unsqueeze(1)
+    prefix_ids = ids[:, : len(columns)].masked_fill(~prefix_mask, pad_id)
+
+    columns = torch.arange(int(target_lengths.max()), device=ids.device)
+    target_mask = columns < target_lengths.unsqueeze(1)
+    source = (columns + split.unsqueeze(1)).clamp(max=ids.size(1) - 1)
+    target_ids = ids.gather(1, source).masked_fill(~target_mask, pad_id)
+    target_ids[:, 0] = cls_id
+    return PrefixSplit(prefix_ids, prefix_mask.long(), target_ids, target_mask.long())
+
+
+def sequence_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_mask: Tensor,
+    weights: Tensor | None = None,
+    reduction: Literal["token", "sequence"] = "token",
+    *,
+    denominator: float | None = None,
+    teacher_logits: Tensor | None = None,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Next-token loss: position t of ``logits`` predicts token t + 1 of ``target_ids``.
+
+    Args:
+        logits: [B, T, V] of the decoder for the inputs ``target_ids``; the last position predicts nothing.
+        target_ids: [B, T], starting with the decoder's start token, which is never a label.
+        target_mask: [B, T], nonzero at tokens that count as labels; zero at padding (and at a prompt that is given).
+        weights: [B], weight of each sequence; None is one each.
+        reduction: "token": sum over all counted tokens of w * nll / sum of w (the mean over tokens when unweighted).
+            "sequence": sum over the sequences of w * (sum over its tokens) / ``denominator``.
+        denominator: for "sequence"; None is B. VQA, with several answers to an image, gives the number of images.
+        teacher_logits, alpha, label_smoothing: as in :func:`token_cross_entropy`; teacher logits are [B, T, V].
+
+    Returns:
+        Scalar; a zero that keeps the graph when no token counts.
+    """
+    losses, rows = _token_losses(logits, target_ids, target_mask, teacher_logits, alpha, label_smoothing)
+    if weights is None:
+        scale = torch.ones_like(losses)
+    else:
+        scale = weights.to(losses)[rows]
+    total = (losses * scale).sum()
+    if reduction == "sequence":
+        return total / (max(len(target_ids), 1) if denominator is None else denominator)
+    if reduction == "token":
+        mass = scale.sum()
+        return total / torch.where(mass > 0, mass, torch.ones_like(mass))
+    raise ValueError(f"reduction is 'token' or 'sequence', not {reduction!r}")
+
+
+def sequence_nll(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_mask: Tensor,
+    *,
+    teacher_logits: Tensor | None = None,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """[B] sum of the next-token losses of each sequence; arguments as in :func:`sequence_loss`."""
+    losses, rows = _token_losses(logits, target_ids, target_mask, teacher_logits, alpha, label_smoothing)
+    return losses.new_zeros(len(target_ids)).index_add(0, rows, losses)
+
+
+def _token_losses(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_mask: Tensor,
+    teacher_logits: Tensor | None,
+    alpha: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each counted token [M] and the sequence [M] that it belongs to.
+
+    The rows are gathered before the softmax, so padding costs no float32 copy and no exponentials of a vocabulary.
+    """
+    rows, columns = target_mask[:, 1:].nonzero(as_tuple=True)
+    labels = target_ids[rows, columns + 1]
+    if alpha == 0:
+        teacher_logits = None
+    losses = token_cross_entropy(
+        logits[rows, columns],
+        labels,
+        teacher_logits=None if teacher_logits is None else teacher_logits[rows, columns],
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+    )
+    return losses, rows

