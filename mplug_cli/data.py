@@ -20,7 +20,9 @@ def _group() -> None:
 @data.command()
 def scenes(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; a scenes folder there is replaced.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Training scenes; val and held_out have a twentieth each.")] = 10000,
+    n: Annotated[
+        int, typer.Option("--n", min=1, help="Training scenes; val and held_out have a twentieth each.")
+    ] = 10000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same scenes.")] = 0,
     size: Annotated[int, typer.Option("--size", min=32, max=1024, help="Pixels a side.")] = 96,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one a core.")] = None,

@@ -99,6 +99,7 @@ class SourceSection(Section):
     split: str | None = None
     format: str | None = None
     batch_size: Positive = 16
+    weight: float = Field(1.0, gt=0, description="of this source's losses in the sum")
     text_only: bool = Field(False, description="captions without photos: stand-ins are made from the text feature")
     limit: Positive | None = None
     tasks: dict[TaskName, Positive] = Field(

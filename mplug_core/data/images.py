@@ -132,9 +132,7 @@ def _open_bytes(source: str | Path | bytes, name: str) -> Any:
 def _unidentified(name: str, head: bytes) -> ImageError:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html")) or b"<html" in text:
-        return ImageError(
-            f"{name} is an HTML page, not an image", "download the image, not its page", "not_an_image"
-        )
+        return ImageError(f"{name} is an HTML page, not an image", "download the image, not its page", "not_an_image")
     if text.startswith(b"version https://git-lfs"):
         return ImageError(f"{name} is a Git LFS pointer, not an image", "run git lfs pull", "not_an_image")
     if b"<svg" in text or text.startswith(b"%pdf") or text.startswith(b"%!ps"):

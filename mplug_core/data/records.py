@@ -110,7 +110,8 @@ class Records(Generic[R]):
         if self.missing:
             parts.append(f"{_count(len(self.missing), 'missing image')} (first: {self.missing[0]})")
         if self.broken:
-            parts.append(f"{_count(len(self.broken), 'broken entry', 'broken entries')} (first: {self.broken[0].message})")
+            broken = _count(len(self.broken), "broken entry", "broken entries")
+            parts.append(f"{broken} (first: {self.broken[0].message})")
         return "; ".join(parts)
 
     def complete(self) -> Records[R]:
@@ -133,7 +134,7 @@ def read_captions(
     """Captions, one record an image, in the order of the file (entries of one image are joined).
 
     ``path`` is a file, or a folder with ``split``. ``format`` overrules what the file looks like, ``images`` the folder
-    that image names are relative to. With ``text_only`` images are neither needed nor looked for, and ``image`` is None.
+    that image names are relative to. With ``text_only`` images are neither needed nor looked for: ``image`` is None.
 
     Raises DataError where there is no such file or split, or nothing usable in it.
     """
@@ -315,8 +316,9 @@ class _Entry:
 
     def numbers(self, name: str, count: int, expected: str) -> list[float]:
         value = self.values.get(name)
-        fits = isinstance(value, list) and len(value) == count
-        if not fits or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value):
+        if not isinstance(value, list) or len(value) != count:
+            raise self.fault(name, expected)
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value):
             raise self.fault(name, expected)
         return [float(v) for v in value]
 
@@ -343,8 +345,8 @@ def _find(path: Path, split: str | None, name: str) -> Path:
         longer = [key for key in splits if key.startswith(split)]
         if len(longer) == 1:
             return splits[longer[0]]
-        hint = "there are: " + ", ".join(sorted(splits)) if splits else f"expected {name}_{split}.* or {split}/{name}.jsonl"
         near = get_close_matches(split, splits, 1)
+        hint = f"there are {', '.join(sorted(splits))}" if splits else f"expected {split}/{name}.jsonl there"
         raise DataError(f"{path} has no {name} of split {split}" + (f": is it {near[0]}?" if near else ""), hint)
     for extension in _EXTENSIONS:
         if (path / f"{name}{extension}").is_file():

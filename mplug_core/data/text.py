@@ -56,9 +56,7 @@ class Tokenizer:
         self._ids = {piece: index for index, piece in enumerate(self.pieces)}
         missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
         if missing:
-            raise CheckpointError(
-                f"{origin} lacks {', '.join(missing)}", "give a BERT vocabulary, one piece a line"
-            )
+            raise CheckpointError(f"{origin} lacks {', '.join(missing)}", "give a BERT vocabulary, one piece a line")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self._ids[t] for t in SPECIAL_TOKENS)
 
         boxes = {int(m[1]): self._ids[m[0]] for m in (_BOX.fullmatch(piece) for piece in self.pieces) if m}
@@ -66,7 +64,7 @@ class Tokenizer:
             raise CheckpointError(f"{origin} has gaps among its box tokens", "they must be [box_0], [box_1], ...")
         self._box_ids = tuple(boxes[index] for index in range(len(boxes)))
         self._box_bins = {token: index for index, token in enumerate(self._box_ids)}
-        self._special_ids = frozenset((self.pad_id, self.cls_id, self.sep_id, self.mask_id, *self._box_ids))
+        self.special_ids = frozenset((self.pad_id, self.cls_id, self.sep_id, self.mask_id, *self._box_ids))
 
         model = tokenizers.models.WordPiece(self._ids, unk_token="[UNK]", max_input_chars_per_word=100)
         self._backend = tokenizers.Tokenizer(model)
@@ -124,20 +122,20 @@ class Tokenizer:
         return [self.cls_id, *ids[:room], self.sep_id] if end else [self.cls_id, *ids[:room]]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Ids (a tensor row will do) as text: pieces joined, punctuation attached to the word before it.
+        """Ids (a tensor row will do) as text: pieces joined, punctuation attached to the word before it, 3.5 and 10:30 whole.
 
         [PAD], [CLS], [SEP], [MASK] and box tokens are left out unless ``skip_special`` is false.
         """
         words: list[str] = []
         for index in (int(i) for i in ids):
-            if skip_special and index in self._special_ids:
+            if skip_special and index in self.special_ids:
                 continue
             piece = self.pieces[index]
             if piece.startswith("##") and len(piece) > 2 and words:
                 words[-1] += piece[2:]
             else:
                 words.append(piece)
-        text = " ".join(words)
+        text = re.sub(r"(?<=\d) ([.:]) (?=\d)", r"\1", " ".join(words))
         return re.sub(r" ([.,!?])(?= |$)", r"\1", text).replace(" ' ", "'")
 
     def box_id(self, bin: int) -> int:

@@ -39,8 +39,8 @@ class Teacher(nn.Module):
     Args:
         student: the model, whole and in place (before an engine shards or casts it).
         momentum: share of the old weight in each update, 0..1.
-        parts: names of the student's children to copy; None is all. A child that the student holds as None may be named.
-            Parameters and buffers that are the student's own, not a child's, are always copied.
+        parts: names of the student's children to copy; None is all. A child that the student holds as None may be
+            named. Parameters and buffers that are the student's own, not a child's, are always copied.
 
     The module is always in evaluation mode: targets are made without dropout. Call it under ``torch.no_grad()``;
     autocast gives it the compute type of the run while its weights stay float32. It must not become a child of the

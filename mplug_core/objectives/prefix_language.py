@@ -61,8 +61,7 @@ def split_prefix(
 
     device = ids.device if generator is None else generator.device
     draw = torch.rand(len(ids), device=device, generator=generator).to(ids.device)
-    # rand < 1, but the product may round up to the number of words
-    split = torch.minimum((draw * words).long(), words - 1).clamp(min=0)
+    split = (draw * words).long()
 
     prefix_lengths, target_lengths = split + 1, lengths - split
     columns = torch.arange(int(prefix_lengths.max()), device=ids.device)

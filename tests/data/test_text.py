@@ -103,6 +103,8 @@ def test_decode(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("it's a man riding dogs.")
     assert tokenizer.decode([*ids, tokenizer.pad_id, tokenizer.box_id(2)]) == "it's a man riding dogs."
     assert tokenizer.decode([]) == ""
+    numbers = Tokenizer([*SPECIAL_TOKENS, "10", "30", "5", ":", ".", ",", "at"])
+    assert numbers.decode(numbers.encode("at 10:30, 5.30. at 5")) == "at 10:30, 5.30. at 5"
 
 
 def test_box_tokens(tokenizer: Tokenizer) -> None:

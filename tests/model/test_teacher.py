@@ -12,7 +12,7 @@ from mplug_core.model.teacher import CHUNK, FeatureQueue, Teacher
 
 
 class Student(nn.Module):
-    """Stand-in with the model's traits: parts, a parameter and a buffer of its own, shared weights, running statistics."""
+    """Stand-in with the model's traits: parts, own parameter and buffer, shared weights, running statistics."""
 
     def __init__(self, layers: int = 3) -> None:
         super().__init__()

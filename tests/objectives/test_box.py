@@ -55,8 +55,8 @@ def test_boxes_without_area():
         assert generalized_box_iou(first, second).isfinite()
 
 
-# Two samples, bins 0, 1, 2 (values 0, 1/2, 1) as tokens 5, 2, 6 of a vocabulary of seven. The probabilities of the bins are
-# (1/2, 1/4, 1/4) or a turn of it at every position, so the NLL is ln 2 where the greedy bin is right, ln 4 elsewhere.
+# Two samples, bins 0, 1, 2 (values 0, 1/2, 1) as tokens 5, 2, 6 of a vocabulary of seven. The probabilities of the bins
+# are (1/2, 1/4, 1/4) or a turn of it everywhere, so the NLL is ln 2 where the greedy bin is right, ln 4 elsewhere.
 BOX_IDS = torch.tensor([5, 2, 6])
 
 

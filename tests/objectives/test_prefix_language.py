@@ -61,6 +61,14 @@ def test_every_position_equally_often():
     assert ((shares - 0.25).abs() <= 4.5 * (0.25 * 0.75 / len(rows)) ** 0.5).all()
 
 
+def test_highest_draw_leaves_a_word(monkeypatch: pytest.MonkeyPatch):
+    # the highest float32 below 1, times the number of words, must not round up to it
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 1 - 2**-24))
+    for words in range(1, 300):
+        split = split_prefix([[CLS, *range(1000, 1000 + words), SEP]], None, CLS, SEP)
+        assert split.target_ids.tolist() == [[CLS, 999 + words, SEP]]
+
+
 @pytest.mark.parametrize("rows", [[], [[CLS, 1, SEP], []]])
 def test_empty_captions_are_refused(rows: list[list[int]]):
     with pytest.raises(ValueError, match="caption"):

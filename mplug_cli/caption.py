@@ -1,0 +1,143 @@
+"""``mplug caption``: images in, one sentence each out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mplug_cli import show
+from mplug_cli.device import check_device, choose_device
+from mplug_cli.streams import Input, Inputs, json_line, open_input, read_inputs, write_line
+from mplug_core.errors import SOME_INPUTS_FAILED, MplugError, UsageError
+
+if TYPE_CHECKING:
+    from mplug_core.generation import Decoding
+    from mplug_core.weights.folder import Loaded
+
+
+def caption(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[INPUTS]...", help="Files, folders, 'patterns*', addresses, or - for an image on stdin."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
+    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Beams; 1 is greedy. Default: 5.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Captions for each image, best first.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest caption. Default: 25.")] = None,
+    min_tokens: Annotated[int | None, typer.Option("--min-tokens", min=0, help="Shortest caption. Default: 1.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw at random instead of searching.")] = False,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample: share of probability drawn from.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="With --sample: repeats a draw.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 16,
+    null: Annotated[bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, as find -print0 writes.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
+) -> None:
+    """Describe images in a sentence each.
+
+    One image gives a line of text. Several, a folder, a pattern, paths on stdin (ls *.jpg | mplug caption) or --json
+    give JSON Lines in the order of the inputs: {"image", "caption", "score", "confidence"}, or {"image", "error"} for
+    an image that can't be read; the others are still answered, and the exit code is 4.
+    """
+    settings = _decoding(beam, n, max_tokens, min_tokens, sample, top_p, seed)
+    check_device(device)
+    inputs = read_inputs(list(images or []), null)
+
+    import torch
+
+    from mplug_core.generation import Decoding
+    from mplug_core.weights.folder import load_model
+
+    loaded = load_model(model, choose_device(device), without=("text", "fusion"))
+    if loaded.is_embedded:
+        show.note("the embedded model is a small demonstration model and often wrong (--model takes another)", quiet)
+    if seed is not None:
+        torch.manual_seed(seed)
+    failed = _answer(inputs, loaded, Decoding(**settings), as_json, batch_size, quiet)
+    if failed and inputs.total != 1:
+        show.note(f"{failed} of the images could not be read: see their error in the results", quiet)
+    if failed:
+        raise typer.Exit(1 if inputs.plain else SOME_INPUTS_FAILED)
+
+
+def _decoding(
+    beam: int | None,
+    n: int,
+    max_tokens: int | None,
+    min_tokens: int | None,
+    sample: bool,
+    top_p: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """The options as fields of ``Decoding``; UsageError where they contradict each other."""
+    if not sample and (top_p is not None or seed is not None):
+        raise UsageError(f"{'--top-p' if top_p is not None else '--seed'} needs --sample", "only draws are random")
+    if sample and beam is not None:
+        raise UsageError("--beam and --sample exclude each other", "choose one")
+    if top_p == 0:
+        raise UsageError("--top-p 0 leaves nothing to draw from", "the most probable words alone: --beam 1")
+    if not sample and beam is not None and n > beam:
+        raise UsageError(f"--n {n} needs at least as many beams", f"--beam {n}")
+    if min_tokens is not None and min_tokens > (max_tokens or 25):
+        raise UsageError("--min-tokens is larger than --max-tokens", f"--max-tokens is {max_tokens or 25}")
+    settings: dict[str, Any] = {"best": n, "max_tokens": max_tokens, "min_tokens": min_tokens, "top_p": top_p}
+    if sample:
+        settings["strategy"] = "sample"
+    elif beam == 1:
+        settings["strategy"] = "greedy"
+    else:
+        settings["beams"] = beam if beam is not None else (n if n > 5 else None)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _answer(inputs: Inputs, loaded: Loaded, decoding: Decoding, as_json: bool, batch_size: int, quiet: bool) -> int:
+    """Write the answers in order, batch by batch; how many inputs failed."""
+    import torch
+
+    from mplug_core.data.ahead import batches_ahead
+    from mplug_core.data.images import eval_transform
+    from mplug_core.tasks.caption import caption_images
+
+    vision = loaded.config.vision
+    transform = eval_transform(vision.image_size, vision.mean, vision.std)
+
+    def read(item: Input) -> torch.Tensor:
+        return transform(open_input(item, vision.image_size))
+
+    failed = 0
+    with show.progress("captions", inputs.total, quiet) as advance:
+        for batch in batches_ahead(inputs.items, read, batch_size):
+            pixels = [tensor for _, tensor in batch if isinstance(tensor, torch.Tensor)]
+            try:
+                answers = iter(caption_images(loaded, torch.stack(pixels), decoding) if pixels else [])
+            except torch.cuda.OutOfMemoryError as error:
+                hint = f"--batch-size is {batch_size}: give a smaller one, or --device cpu"
+                raise MplugError("the GPU's memory does not suffice", hint, "memory") from error
+            for item, result in batch:
+                if isinstance(result, MplugError):
+                    failed += 1
+                    if inputs.plain and not as_json:
+                        show.error(str(result))
+                    else:
+                        write_line(json_line({"image": item.name, "error": {"code": result.code, "message": str(result)}}))
+                    continue
+                captions = [
+                    {"caption": a.text, "score": round(a.score, 4), "confidence": round(a.confidence, 4)}
+                    for a in next(answers)
+                ]
+                if inputs.plain and not as_json:
+                    for answer in captions:
+                        write_line(answer["caption"])
+                else:
+                    several = {"captions": captions} if decoding.best > 1 else {}
+                    write_line(json_line({"image": item.name, **captions[0], **several}))
+            advance(len(batch))
+    return failed

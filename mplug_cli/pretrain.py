@@ -1,0 +1,47 @@
+"""``mplug pretrain``: run a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mplug_cli.recipe import as_yaml
+from mplug_cli.streams import write_line
+from mplug_core.errors import CheckpointError
+
+
+def pretrain(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields of the recipe to change: optimizer.lr=3e-4"),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe (mplug recipe ls) or a file.")
+    ] = ...,  # type: ignore[assignment]  # typer's word for required
+    resume: Annotated[
+        str, typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the run's last checkpoint, or from PATH.")
+    ] = "auto",
+    run: Annotated[str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")] = False,
+) -> None:
+    """Pre-train a model as a recipe says.
+
+    For several processes put `torchrun --nproc_per_node N -m` before it and mplug_cli.app in the place of mplug.
+    """
+    from mplug_core.recipe import load_recipe, nearest
+
+    changes = list(overrides or [])
+    settings = load_recipe(recipe, changes)
+    if run is not None:  # not as an override: a path is no YAML
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"folder": run})})
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise CheckpointError(f"no checkpoint {resume}{nearest(resume, ('auto', 'never'))}", "auto, never or a path")
+    if dry_run:
+        write_line(as_yaml(settings))
+        return
+
+    from mplug_core.training.trainer import pretrain as train
+
+    train(settings, resume=resume)

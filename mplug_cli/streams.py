@@ -1,0 +1,245 @@
+"""Streams: what the command line names as images, and JSON Lines out.
+
+Inputs are files, folders, glob patterns that the shell left alone, http(s) addresses, ``-`` for image bytes on
+standard input, or paths on standard input. Standard input is read from its file descriptor: a thread that waits in
+Python's buffered reader would hold a lock that the end of the process needs.
+"""
+
+from __future__ import annotations
+
+import glob
+import http.client
+import json
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from mplug_core.errors import ImageError, MplugError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+MAX_STREAM_BYTES = 256 << 20
+MAX_DOWNLOAD_BYTES = 64 << 20
+DOWNLOAD_SECONDS = 60
+CONNECT_SECONDS = 15
+
+_CHUNK = 1 << 16
+_URL = re.compile(r"https?://", re.IGNORECASE)
+_STDIN = "-"
+# How image files begin; a path never does.
+_IMAGE_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One image to answer for: its name in the results, and what is already known to be wrong with it."""
+
+    name: str
+    fault: MplugError | None = None
+    on_stdin: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All images of a call. ``plain`` says that the user named exactly one; ``total`` is None while unknown."""
+
+    items: Iterable[Input]
+    plain: bool
+    total: int | None
+
+
+def read_inputs(arguments: list[str], null_separated: bool = False) -> Inputs:
+    """The images that ``arguments`` name, or without any the paths on standard input.
+
+    UsageError where nothing is named, or standard input is not what it should be.
+    """
+    if not arguments:
+        return Inputs(_paths_on_stdin(null_separated), plain=False, total=None)
+    if null_separated:
+        raise UsageError("--null is for paths on standard input, and images are named", "leave one of them out")
+    if arguments.count(_STDIN) > 1:
+        raise UsageError("'-' is given twice, and standard input holds one image", "name it once")
+    if _STDIN in arguments and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("'-' reads an image from standard input, which is a terminal", "for example: mplug caption - < photo.jpg")
+    items = [item for argument in arguments for item in _named(argument)]
+    plain = len(arguments) == 1 and len(items) == 1 and not os.path.isdir(arguments[0]) and items[0].name == arguments[0]
+    return Inputs(items, plain, len(items))
+
+
+def _named(argument: str) -> list[Input]:
+    return [Input(_STDIN, on_stdin=True)] if argument == _STDIN else _expand(argument)
+
+
+def _expand(name: str) -> list[Input]:
+    """A path, pattern or address as images; what can't be is one input with a fault."""
+    if _URL.match(name):
+        return [Input(name)]
+    if os.path.isdir(name):
+        return _folder(name)
+    if "\0" not in name and glob.has_magic(name) and not os.path.lexists(name):
+        found = sorted(glob.glob(name, recursive=True))
+        images = [item for path in found for item in (_folder(path, False) if os.path.isdir(path) else [Input(path)])]
+        fault = ImageError(f"no image matches {name}", "check the pattern", "missing")
+        return images or [Input(name, fault)]
+    return [Input(name)]
+
+
+def _folder(folder: str, must_have_some: bool = True) -> list[Input]:
+    """The image files of a folder by their suffix, sorted; hidden ones and sub-folders are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "." and not entry.is_dir()
+            )
+    except OSError as error:
+        fault = ImageError(f"folder {folder} can't be read: {error.strerror}", "check its mode", "unreadable")
+        return [Input(folder, fault)]
+    if not names and must_have_some:
+        hint = f"sub-folders are not searched; '{os.path.join(folder, '**', '*.jpg')}' in quotes does"
+        return [Input(folder, ImageError(f"folder {folder} has no images", hint, "missing"))]
+    return [Input(os.path.join(folder, name)) for name in names]
+
+
+def _paths_on_stdin(null_separated: bool) -> Iterator[Input]:
+    hint = "name image files, folders or addresses, or '-' for an image on standard input"
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("no images are given", hint)
+    chunks = _stdin_chunks()
+    first = next(chunks, b"")
+    if not first.strip():
+        # Only blanks so far: read on only if there can be more.
+        first += b"".join(chunks)
+        if not first.strip():
+            raise UsageError("no images are given, and standard input has no paths", hint)
+        chunks = iter(())
+    if first.startswith(_IMAGE_BYTES):
+        raise UsageError("standard input holds an image, not paths", "mplug caption - reads it")
+    if b"\0" in first and not null_separated:
+        raise UsageError("standard input holds no lines of text", "--null reads paths that end in NUL, '-' an image")
+    separator = b"\0" if null_separated else b"\n"
+    return (item for path in _split(chain([first], chunks), separator) for item in _expand(os.fsdecode(path)))
+
+
+def _split(chunks: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
+    """The non-empty parts of a byte stream, each as soon as its end is seen."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(separator)
+        yield from filter(None, map(_without_return if separator == b"\n" else bytes, whole))
+    if last := _without_return(rest) if separator == b"\n" else rest:
+        yield last
+
+
+def _without_return(line: bytes) -> bytes:
+    return line[:-1] if line.endswith(b"\r") else line
+
+
+def _stdin_chunks() -> Iterator[bytes]:
+    try:
+        descriptor = sys.stdin.fileno()
+    except (OSError, ValueError, AttributeError):  # not a file: whoever embeds us has put a buffer there
+        yield sys.stdin.buffer.read()
+        return
+    while chunk := os.read(descriptor, _CHUNK):
+        yield chunk
+
+
+def open_input(item: Input, target: int | None = None) -> Image.Image:
+    """The image as an upright RGB picture (see ``open_image``); raises MplugError if it can't be had."""
+    from mplug_core.data.images import open_image
+
+    if item.fault is not None:
+        raise item.fault
+    if item.on_stdin:
+        return _open_bytes(_image_on_stdin(), "the image on standard input", target)
+    if _URL.match(item.name):
+        return _open_bytes(download(item.name), item.name, target)
+    return open_image(item.name, target=target)
+
+
+def _open_bytes(data: bytes, name: str, target: int | None) -> Image.Image:
+    from mplug_core.data.images import open_image
+
+    try:
+        return open_image(data, target=target)
+    except ImageError as error:
+        # bytes have no name of their own
+        raise ImageError(error.message.replace("the image data", name, 1), error.hint, error.code) from error
+
+
+def _image_on_stdin() -> bytes:
+    if sys.stdin is None:
+        raise ImageError("standard input is closed", "for example: mplug caption - < photo.jpg", "unreadable")
+    data = bytearray()
+    for chunk in _stdin_chunks():
+        data += chunk
+        if len(data) > MAX_STREAM_BYTES:
+            limit = f"more than {MAX_STREAM_BYTES >> 20} MB"
+            raise ImageError(f"the image on standard input has {limit}", "scale it down", "too_large")
+    return bytes(data)
+
+
+def download(address: str) -> bytes:
+    """What is at an http(s) address; ImageError where it can't be had in a minute, or is too large."""
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    try:
+        request = urllib.request.Request(address, headers={"User-Agent": "mplug", "Accept": "image/*"})
+        with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as answer:
+            data = bytearray()
+            while chunk := answer.read1(_CHUNK):
+                data += chunk
+                if len(data) > MAX_DOWNLOAD_BYTES:
+                    limit = f"more than {MAX_DOWNLOAD_BYTES >> 20} MB"
+                    raise ImageError(f"{address} has {limit}", "download it and scale it down", "too_large")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            return bytes(data)
+    except urllib.error.HTTPError as error:
+        code = "missing" if error.code in (404, 410) else "unreadable"
+        reason = f"{error.code} {error.reason}".strip()
+        raise ImageError(f"{address}: the server answers {reason}", "check the address", code) from error
+    except TimeoutError as error:
+        raise ImageError(f"{address}: no answer in time", "try again, or download it yourself", "unreadable") from error
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            reason = "no answer in time"
+        else:
+            reason = getattr(error.reason, "strerror", None) or str(error.reason)
+        raise ImageError(f"{address}: {reason}", "is there network? Files work without", "unreadable") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ImageError(f"{address}: {reason}", "check the address and the network", "unreadable") from error
+
+
+def write_line(text: str) -> None:
+    """One line of results on stdout, at once. A closed pipe raises BrokenPipeError."""
+    if sys.stdout is None:
+        raise BrokenPipeError
+    try:
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise MplugError(f"the results can't be written: {error.strerror}", "check where they go") from error
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """One line of JSON, readable where it can be: names that are no Unicode are escaped, and come back as they were."""
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(values)
+    return text

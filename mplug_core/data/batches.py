@@ -1,0 +1,217 @@
+"""Records to batches. A batch has every image once, and beside it the texts of each task with the rows they belong to.
+
+The batch of a step is determined by (seed, step, rank) alone: a run resumes at any step by asking for it, with any
+number of loader workers, and any split of the global batch over processes draws the same images.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mplug_core.data.images import eval_transform, open_image, to_tensor, train_transform
+from mplug_core.errors import DataError, ImageError
+from mplug_core.recipe import SourceSection, VisionSection
+
+Block = dict[str, Tensor]
+Drawn = tuple[tuple[int, ...], Any]
+"""A record and the rows of its images in the batch."""
+
+Encode = Callable[[list[Drawn], random.Random], Block]
+
+
+@dataclass
+class Batch:
+    """The part of a step that comes from one source.
+
+    One of ``pixels`` [B, 3, S, S], ``features`` [B, N, C] (of the frozen backbone, computed before) and ``stand_in``
+    (captions whose features stand in for images: ids and mask [M, T], ``row`` [M]) is there. ``image_ids`` [B] are
+    equal only for the same image. ``blocks``: what each task's encoder made; ``bad``: images that could not be read.
+    """
+
+    source: str
+    image_ids: Tensor
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+    stand_in: Block | None = None
+    blocks: dict[str, Block] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On a device; pixels and features as ``dtype``."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            return {key: move(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+
+def image_groups(count: int, links: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Images that records join (pairs) in one group each: what is always drawn together."""
+    owner = list(range(count))
+
+    def root(i: int) -> int:
+        while owner[i] != i:
+            owner[i] = owner[owner[i]]
+            i = owner[i]
+        return i
+
+    for first, *others in links:
+        for other in others:
+            owner[root(other)] = root(first)
+    groups: dict[int, list[int]] = {}
+    for i in range(count):
+        groups.setdefault(root(i), []).append(i)
+    return list(groups.values())
+
+
+class Source:
+    """One data set of the mix: images, and the records of each task on them."""
+
+    def __init__(
+        self,
+        name: str,
+        section: SourceSection,
+        records: Mapping[str, Sequence[Any]],
+        vision: VisionSection,
+        encoders: Mapping[str, Encode],
+        encode_stand_in: Encode | None = None,
+    ) -> None:
+        """``records``: of each task in ``section.tasks``, with ``image`` or ``images``; captions alone have neither."""
+        self.name, self.section, self.vision = name, section, vision
+        self.encoders, self.encode_stand_in = encoders, encode_stand_in
+        self.features: np.ndarray | None = None
+        numbers: dict[Any, int] = {}
+        self.by_image: list[dict[str, list[tuple[tuple[int, ...], Any]]]] = []
+        links = []
+        for task, items in records.items():
+            for record in items[: section.limit]:
+                rows = tuple(numbers.setdefault(key, len(numbers)) for key in image_keys(record))
+                while len(self.by_image) < len(numbers):
+                    self.by_image.append({})
+                self.by_image[rows[0]].setdefault(task, []).append((rows, record))
+                links.append(rows)
+        self.images: list[Path | None] = [None if section.text_only else Path(key) for key in numbers]
+        self.groups = image_groups(len(numbers), links)
+        if not self.groups:
+            raise DataError(f"source {name}: no records", "see mplug data inspect")
+        self.per_group = max(len(group) for group in self.groups)
+
+    def groups_per_batch(self) -> int:
+        """How many groups make ``batch_size`` images."""
+        return max(1, self.section.batch_size // self.per_group)
+
+    def steps_per_epoch(self, world: int) -> int:
+        """Steps in which every image is drawn once."""
+        return max(1, len(self.groups) // (self.groups_per_batch() * world))
+
+    def draw(self, seed: int, step: int, rank: int, world: int) -> Batch:
+        """The batch of one step of one process."""
+        size = self.groups_per_batch()
+        start = (step * world + rank) * size
+        rng = random.Random(f"{seed}/{self.name}/{step}/{rank}")
+        chosen = [image for place in range(start, start + size) for image in self._group_at(seed, place)]
+        return self.batch(chosen, rng)
+
+    def _group_at(self, seed: int, place: int) -> list[int]:
+        """The group at a place of the endless sequence of shuffled epochs."""
+        epoch, offset = divmod(place, len(self.groups))
+        if getattr(self, "_order_key", None) != (seed, epoch):
+            self._order_key = (seed, epoch)
+            self._order = np.random.default_rng([seed & 0x7FFFFFFF, epoch]).permutation(len(self.groups))
+        return self.groups[self._order[offset]]
+
+    def batch(self, images: Sequence[int], rng: random.Random) -> Batch:
+        """The batch of these images with records drawn by ``rng``. DataError if none of the images can be read."""
+        batch = Batch(self.name, torch.zeros(0))
+        kept = list(images)
+        if self.section.text_only:
+            drawn = [((row,), self._draw_one(image, rng)) for row, image in enumerate(kept)]
+            batch.stand_in = self.encode_stand_in(drawn, rng)
+        elif self.features is not None:
+            views = [rng.randrange(len(self.features)) for _ in kept]
+            batch.features = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, kept, strict=True)]))
+        else:
+            pixels, kept, batch.bad = self._read(kept, rng)
+            batch.pixels = torch.stack(pixels)
+        batch.image_ids = torch.tensor(kept)
+        rows = {image: row for row, image in enumerate(kept)}
+        for task, count in self.section.tasks.items():
+            drawn = []
+            for image in kept:
+                known = [item for item in self.by_image[image].get(task, ()) if all(i in rows for i in item[0])]
+                picked = known if len(known) <= count else rng.sample(known, count)
+                if task in ("pretrain", "caption") and known:
+                    picked = [known[0]] * count  # a caption record holds all captions: the encoder draws one
+                drawn += [(tuple(rows[i] for i in item[0]), item[1]) for item in picked]
+            if drawn:
+                batch.blocks[task] = self.encoders[task](drawn, rng)
+        return batch
+
+    def _draw_one(self, image: int, rng: random.Random) -> Any:
+        task = next(iter(self.by_image[image]))
+        return self.by_image[image][task][0][1]
+
+    def _read(self, images: Sequence[int], rng: random.Random) -> tuple[list[Tensor], list[int], list[str]]:
+        """Pixels of the images that can be read, which ones those are, and a line for each of the others."""
+        pixels, kept, bad = [], [], []
+        for image in images:
+            try:
+                pixels.append(self.load(self.images[image], rng))
+                kept.append(image)
+            except ImageError as error:
+                bad.append(f"{self.images[image]}: {error.code}")
+        if not kept:
+            raise DataError(f"source {self.name}: no image of a batch can be read, first: {bad[0]}")
+        return pixels, kept, bad
+
+    def load(self, path: Path, rng: random.Random | None) -> Tensor:
+        """Normalised pixels; augmented as the source says with the random state ``rng``, plain without."""
+        size, vision = self.vision.image_size, self.vision
+        image = open_image(path, target=size if rng is None or self.section.augment == "none" else 2 * size)
+        if rng is None or self.section.augment == "none":
+            return eval_transform(size, vision.mean, vision.std)(image)
+        if self.section.augment == "flip":
+            image = image.resize((size, size), 3)
+            if rng.random() < 0.5:
+                image = image.transpose(0)
+            return to_tensor(image, vision.mean, vision.std)
+        randaugment = (2, 7) if self.section.augment == "randaugment" else None
+        transform = train_transform(size, vision.mean, vision.std, self.section.crop_scale, True, randaugment)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.getrandbits(62))
+            return transform(image)
+
+
+def image_keys(record: Any) -> tuple[Any, ...]:
+    """What tells the images of a record apart."""
+    if hasattr(record, "images"):
+        return tuple(record.images)
+    return (record.image if record.image is not None else record.image_id,)
+
+
+class Steps(Dataset):
+    """Item s is the list of batches, one of each source, of step s."""
+
+    def __init__(self, sources: Sequence[Source], seed: int, rank: int = 0, world: int = 1) -> None:
+        self.sources, self.seed, self.rank, self.world = list(sources), seed, rank, world
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [source.draw(self.seed, step, self.rank, self.world) for source in self.sources]
+
+    def loader(self, first: int, last: int, workers: int = 0) -> Iterator[list[Batch]]:
+        """The steps ``first`` .. ``last - 1`` in order."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield from DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=workers)

@@ -1,0 +1,46 @@
+"""Scenes: a small generated world with captions, questions, phrases, statements and entailment, all exact.
+
+Models are proved on it without any download: every text comes from the scene graph, so every answer can be checked.
+
+- ``world``: the vocabularies (:class:`World`), the scene graph, and how a scene is drawn from a seed
+- ``render``: scene -> picture
+- ``words``: descriptions of objects ("large red circle") and spatial relations with margins
+- ``captions``, ``questions``, ``phrases``, ``statements``, ``entailments``: scene -> text, one kind a file
+- ``labels``: dense labels per patch, for warming up a visual encoder
+- ``folder``: writes all of it as images and JSON Lines, reads scenes back
+- ``leaks``: how well the labels can be guessed from the text alone
+"""
+
+from __future__ import annotations
+
+from .captions import caption_correct, captions, parse_caption
+from .entailments import entailments
+from .folder import SPLITS, read_scenes, write_scenes
+from .labels import patch_labels
+from .leaks import text_only_accuracy
+from .phrases import phrases
+from .questions import questions
+from .render import render
+from .statements import statements
+from .world import WORLD, Scene, SceneObject, World, sample_scene
+
+__all__ = [
+    "SPLITS",
+    "WORLD",
+    "Scene",
+    "SceneObject",
+    "World",
+    "caption_correct",
+    "captions",
+    "entailments",
+    "parse_caption",
+    "patch_labels",
+    "phrases",
+    "questions",
+    "read_scenes",
+    "render",
+    "sample_scene",
+    "statements",
+    "text_only_accuracy",
+    "write_scenes",
+]

@@ -1,0 +1,122 @@
+"""The task interface: records to texts, texts to losses, images to answers, answers to scores.
+
+The trainer, the evaluator and the command line know only this. A task is one file of this folder and a line in
+:data:`mplug_core.tasks.registry.TASKS`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mplug_core.data.batches import Block, Drawn
+from mplug_core.data.text import Tokenizer, pad
+from mplug_core.model.config import MplugConfig
+from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.teacher import FeatureQueue, Teacher
+
+
+@dataclass
+class Texts:
+    """How texts become ids: the tokenizer and the longest text, special tokens included."""
+
+    tokenizer: Tokenizer
+    max_length: int
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """``[CLS] text [SEP]`` ids and mask [B, T]."""
+        return pad([self.tokenizer.encode(text, self.max_length) for text in texts], self.tokenizer.pad_id)
+
+
+@dataclass
+class Ready:
+    """A model in evaluation mode and the tokenizer that belongs to it."""
+
+    model: Mplug
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> MplugConfig:
+        return self.model.config
+
+    @property
+    def texts(self) -> Texts:
+        return Texts(self.tokenizer, self.config.max_positions)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.temperature.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.temperature.dtype
+
+
+@dataclass
+class Context:
+    """What a loss may need beside the model: distillation, queue, the other processes, and a place for counts.
+
+    ``teacher_images`` gives the teacher's encoding of the batch's images, computed at the first call. ``gather``
+    joins detached features or ids of all processes; ``counts`` are summed over steps and written to the metrics.
+    """
+
+    alpha: float = 0.0
+    label_smoothing: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
+    source_weight: float = 1.0
+    teacher: Teacher | None = None
+    teacher_images: Callable[[], ImageEncoding] | None = None
+    queue: FeatureQueue | None = None
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    image_ids: Tensor | None = None
+    generator: torch.Generator | None = None
+    counts: dict[str, Tensor | int] = field(default_factory=dict)
+
+    def wants(self, objective: str) -> bool:
+        """Whether the recipe gives this objective any weight."""
+        return self.weights.get(objective, 0.0) > 0
+
+    def count(self, name: str, value: Tensor | int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + value
+
+
+@dataclass
+class Result:
+    """An evaluation: examples answered, examples skipped, metrics by name, seconds, and what was predicted."""
+
+    task: str
+    n: int
+    skipped: int
+    metrics: dict[str, float]
+    seconds: float
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Task(Protocol):
+    """What a task file offers."""
+
+    name: str
+    objectives: tuple[str, ...]
+
+    def read(self, path: str, split: str | None, format: str | None, text_only: bool) -> Any:
+        """The task's :class:`~mplug_core.data.records.Records`."""
+
+    def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
+        """Ids, masks and targets of records; ``image`` [n] or [n, 2] are rows of the batch's images."""
+
+    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+        """Scalar losses by objective."""
+
+    def evaluate(self, ready: Ready, path: str, split: str | None, **options: Any) -> Result:
+        """Answer every record and score the answers."""
+
+
+def rows(drawn: list[Drawn]) -> Tensor:
+    """Rows of the images of each record: [n], or [n, 2] for pairs."""
+    index = torch.tensor([images for images, _ in drawn])
+    return index[:, 0] if index.shape[1] == 1 else index

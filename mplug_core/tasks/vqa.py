@@ -1,0 +1,85 @@
+"""Visual question answering: the question is fused with the image, the decoder writes the answer."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplug_core.data.batches import Block, Drawn
+from mplug_core.data.records import Records, read_questions
+from mplug_core.data.text import clean_caption, clean_question
+from mplug_core.generation import Decoding
+from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.objectives.prefix_language import sequence_loss
+from mplug_core.tasks.caption import answers
+from mplug_core.tasks.evaluation import Evaluation
+from mplug_core.tasks.task import Context, Ready, Result, Texts, rows
+
+
+class VqaTask:
+    """Image and question to answer."""
+
+    name = "vqa"
+    objectives = ("answer",)
+    decoding = Decoding(strategy="greedy", min_tokens=1, max_tokens=10)
+
+    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
+        return read_questions(path, split)
+
+    def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
+        ids, mask = texts.encode([clean_question(record.question) for _, record in drawn])
+        chosen = [rng.choices(record.answers, record.weights)[0] for _, record in drawn]
+        target_ids, target_mask = texts.encode([clean_caption(answer) for answer in chosen])
+        return {
+            "image": rows(drawn), "ids": ids, "mask": mask, "target_ids": target_ids, "target_mask": target_mask
+        }  # fmt: skip
+
+    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+        if not context.wants("answer"):
+            return {}
+        text = model.encode_text(block["ids"], block["mask"])
+        memory, mask = model.memory(images[block["image"]], text, block["mask"])
+        logits = model.decode(block["target_ids"], memory, mask)
+        return {"answer": sequence_loss(logits, block["target_ids"], block["target_mask"])}
+
+    def evaluate(
+        self,
+        ready: Ready,
+        path: str,
+        split: str | None = None,
+        format: str | None = None,
+        limit: int | None = None,
+        batch_size: int = 32,
+        decoding: Decoding | None = None,
+    ) -> Result:
+        """Accuracy of the exact answer (weighted over annotators), and by kind of question."""
+        records = self.read(path, split, format)
+        evaluation = Evaluation(ready, records.records, batch_size, limit)
+        right: dict[str, list[float]] = defaultdict(list)
+        predictions = []
+        for images, drawn in evaluation:
+            found = answer_questions(ready, images, drawn, decoding or self.decoding)
+            for (_, record), answer in zip(drawn, found, strict=True):
+                known = {clean_caption(a): w for a, w in zip(record.answers, record.weights, strict=True)}
+                score = min(1.0, known.get(answer, 0.0) * (1.0 if len(known) == 1 else len(record.answers) / 3))
+                right["accuracy"].append(score)
+                if record.kind:
+                    right[f"accuracy_{record.kind}"].append(score)
+                predictions.append({"image": str(record.image), "question": record.question, "answer": answer})
+        metrics = {name: sum(values) / len(values) for name, values in sorted(right.items())}
+        skipped = len(evaluation.skipped) + len(records.missing) + len(records.broken)
+        return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, predictions)
+
+
+@torch.inference_mode()
+def answer_questions(ready: Ready, images: ImageEncoding, drawn: list[Drawn], decoding: Decoding) -> list[str]:
+    """An answer to each question; images are encoded once however many questions they have."""
+    ids, mask = ready.texts.encode([clean_question(record.question) for _, record in drawn])
+    ids, mask = ids.to(ready.device), mask.to(ready.device)
+    text = ready.model.encode_text(ids, mask)
+    memory, memory_mask = ready.model.memory(images[rows(drawn).to(ready.device)], text, mask)
+    return [found[0].text for found in answers(ready, memory, memory_mask, decoding)]

@@ -1,0 +1,49 @@
+"""One training step as a module: batches in, losses out. What an engine wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mplug_core.data.batches import Batch
+from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.tasks.task import Context
+from mplug_core.training.stand_in import StandIn
+
+
+class TrainStep(nn.Module):
+    """The model, the modules that belong to training alone, and the sum of all losses."""
+
+    def __init__(self, model: Mplug, tasks: Mapping[str, Any], stand_in: StandIn | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.tasks = dict(tasks)
+        self.task_heads = nn.ModuleDict({name: t for name, t in tasks.items() if isinstance(t, nn.Module)})
+        self.stand_in = stand_in
+
+    def forward(
+        self, batches: list[Batch], contexts: list[Context], weights: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the losses of all batches, and the losses by name (mean over sources, detached)."""
+        total: Tensor | None = None
+        parts: dict[str, list[Tensor]] = {}
+        for batch, context in zip(batches, contexts, strict=True):
+            images = self.encode(batch, context)
+            for task, block in batch.blocks.items():
+                for name, loss in self.tasks[task].losses(self.model, images, block, context).items():
+                    weighted = loss.float() * (weights[name] * context.source_weight)
+                    total = weighted if total is None else total + weighted
+                    parts.setdefault(name, []).append(loss.detach().float())
+        return total, {name: torch.stack(values).mean() for name, values in parts.items()}
+
+    def encode(self, batch: Batch, context: Context) -> ImageEncoding:
+        """The batch's images, or what stands in for them."""
+        if batch.features is not None:
+            return self.model.encode_features(batch.features)
+        if batch.pixels is not None:
+            return self.model.encode_image(batch.pixels)
+        feature = self.stand_in(self.model, batch.stand_in, context.generator)
+        return self.model.imagine(feature)

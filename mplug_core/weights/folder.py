@@ -1,0 +1,138 @@
+"""The native model folder: ``model.safetensors``, ``config.json``, ``vocab.txt``, ``recipe.yaml``, ``README.md``.
+
+:func:`save_model` writes one complete or not at all; :func:`load_model` reads one by memory map.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mplug_core.data.text import Tokenizer
+from mplug_core.errors import CheckpointError
+from mplug_core.model.config import MplugConfig
+from mplug_core.model.mplug import Mplug
+from mplug_core.recipe import Recipe
+from mplug_core.tasks.task import Ready
+
+EMBEDDED = Path(__file__).parent / "embedded" / "mini"
+MODEL_VARIABLE = "MPLUG_MODEL"
+
+
+@dataclass
+class Loaded(Ready):
+    """A model ready to answer, and where it came from."""
+
+    name: str
+    folder: Path
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this is the small demonstration model inside the package."""
+        return self.folder == EMBEDDED
+
+
+def save_model(
+    folder: str | Path,
+    model: Mplug,
+    tokenizer: Tokenizer,
+    recipe: Recipe | None = None,
+    card: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype``."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tensors = model.state_dict() if state is None else state
+        stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
+        save_file(stored, beside / "model.safetensors", metadata={"format": "pt"})
+        model.config.save(beside / "config.json")
+        tokenizer.save(beside / "vocab.txt")
+        if recipe is not None:
+            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+            (beside / "recipe.yaml").write_text(text, encoding="utf-8")
+        if card is not None:
+            (beside / "README.md").write_text(card, encoding="utf-8")
+        beside.chmod(0o755)
+        replace_folder(beside, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}", "check the disk and its space") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of ``folder``; the old one goes only when the new one stands."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = new.with_name(new.name + ".old")
+    os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old)
+
+
+def find_model(spec: str | None) -> Path:
+    """The folder that ``spec``, else ``MPLUG_MODEL``, else the embedded model, stands for."""
+    spec = spec or os.environ.get(MODEL_VARIABLE)
+    if not spec or spec == "mini":
+        if not (EMBEDDED / "model.safetensors").is_file():
+            raise CheckpointError("this installation has no embedded model", "give --model FOLDER")
+        return EMBEDDED
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise CheckpointError(f"no model folder {spec}", "give a folder with config.json and model.safetensors")
+    # a run folder holds its model in model/
+    return folder / "model" if not (folder / "config.json").exists() and (folder / "model").is_dir() else folder
+
+
+def load_model(
+    spec: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    without: Iterable[str] = (),
+) -> Loaded:
+    """Read a model folder for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
+
+    Parameters are mapped from the file, not built and overwritten. ``without`` names parts that the task at hand does
+    not use (for captions ``text`` and ``fusion``): they stay on the meta device. CheckpointError for a folder that is
+    not a model or whose tensors don't fit its configuration.
+    """
+    folder = find_model(spec)
+    config = MplugConfig.load(folder / "config.json")
+    tokenizer = Tokenizer.load(folder / "vocab.txt")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json")
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again") from error
+    with torch.device("meta"):
+        model = Mplug(config)
+    skipped = tuple(f"{part}." for part in without)
+    wanted = {name: value for name, value in state.items() if not name.startswith(skipped)} if skipped else state
+    wanted = {n: v.to(device, dtype) if v.is_floating_point() else v.to(device) for n, v in wanted.items()}
+    try:
+        fit = model.load_state_dict(wanted, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: tensors don't fit config.json: {str(error).splitlines()[-1]}") from error
+    missing = [name for name in fit.missing_keys if not name.startswith(skipped)] if skipped else fit.missing_keys
+    if missing or fit.unexpected_keys:
+        gaps = f"lacks {missing[0]}" if missing else f"has an unknown tensor {fit.unexpected_keys[0]}"
+        raise CheckpointError(f"{folder}/model.safetensors {gaps}", "config.json and weights are of different models")
+    return Loaded(model.eval().requires_grad_(False), tokenizer, folder.name, folder)
