@@ -11,6 +11,9 @@ from mplug_cli.device import check_device, choose_device
 from mplug_cli.streams import Input, Inputs, json_line, open_input, read_inputs, write_line
 from mplug_core.errors import SOME_INPUTS_FAILED, MplugError, UsageError
 
+# The defaults of mplug_core.tasks.caption.CaptionTask.decoding, which can't be asked without torch.
+BEAMS, MIN_TOKENS, MAX_TOKENS = 5, 5, 25
+
 if TYPE_CHECKING:
     from mplug_core.generation import Decoding
     from mplug_core.weights.folder import Loaded
@@ -22,10 +25,10 @@ def caption(
         typer.Argument(metavar="[INPUTS]...", help="Files, folders, 'patterns*', addresses, or - for an image on stdin."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
-    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Beams; 1 is greedy. Default: 5.")] = None,
+    beam: Annotated[int | None, typer.Option("--beam", min=1, help=f"Beams; 1 is greedy. Default: {BEAMS}.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Captions for each image, best first.")] = 1,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest caption. Default: 25.")] = None,
-    min_tokens: Annotated[int | None, typer.Option("--min-tokens", min=0, help="Shortest caption. Default: 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help=f"Longest caption. Default: {MAX_TOKENS}.")] = None,
+    min_tokens: Annotated[int | None, typer.Option("--min-tokens", min=0, help=f"Shortest caption. Default: {MIN_TOKENS}.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw at random instead of searching.")] = False,
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample: share of probability drawn from.")
@@ -53,15 +56,16 @@ def caption(
 
     import torch
 
-    from mplug_core.generation import Decoding
+    from mplug_core.tasks.caption import CaptionTask
     from mplug_core.weights.folder import load_model
 
+    decoding = CaptionTask.decoding.model_copy(update=settings)
     loaded = load_model(model, choose_device(device), without=("text", "fusion"))
     if loaded.is_embedded:
         show.note("the embedded model is a small demonstration model and often wrong (--model takes another)", quiet)
     if seed is not None:
         torch.manual_seed(seed)
-    failed = _answer(inputs, loaded, Decoding(**settings), as_json, batch_size, quiet)
+    failed = _answer(inputs, loaded, decoding, as_json, batch_size, quiet)
     if failed and inputs.total != 1:
         show.note(f"{failed} of the images could not be read: see their error in the results", quiet)
     if failed:
@@ -77,7 +81,7 @@ def _decoding(
     top_p: float | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """The options as fields of ``Decoding``; UsageError where they contradict each other."""
+    """The options as changes of the default ``Decoding``; UsageError where they contradict each other."""
     if not sample and (top_p is not None or seed is not None):
         raise UsageError(f"{'--top-p' if top_p is not None else '--seed'} needs --sample", "only draws are random")
     if sample and beam is not None:
@@ -86,16 +90,21 @@ def _decoding(
         raise UsageError("--top-p 0 leaves nothing to draw from", "the most probable words alone: --beam 1")
     if not sample and beam is not None and n > beam:
         raise UsageError(f"--n {n} needs at least as many beams", f"--beam {n}")
-    if min_tokens is not None and min_tokens > (max_tokens or 25):
-        raise UsageError("--min-tokens is larger than --max-tokens", f"--max-tokens is {max_tokens or 25}")
-    settings: dict[str, Any] = {"best": n, "max_tokens": max_tokens, "min_tokens": min_tokens, "top_p": top_p}
+    longest = max_tokens if max_tokens is not None else MAX_TOKENS
+    if min_tokens is None:
+        min_tokens = min(MIN_TOKENS, longest)
+    elif min_tokens > longest:
+        raise UsageError(f"--min-tokens {min_tokens} is above --max-tokens", f"which is {longest}")
+    settings: dict[str, Any] = {"best": n, "max_tokens": longest, "min_tokens": min_tokens}
+    if top_p is not None:
+        settings["top_p"] = top_p
     if sample:
         settings["strategy"] = "sample"
     elif beam == 1:
         settings["strategy"] = "greedy"
     else:
-        settings["beams"] = beam if beam is not None else (n if n > 5 else None)
-    return {name: value for name, value in settings.items() if value is not None}
+        settings["beams"] = beam if beam is not None else max(n, BEAMS)
+    return settings
 
 
 def _answer(inputs: Inputs, loaded: Loaded, decoding: Decoding, as_json: bool, batch_size: int, quiet: bool) -> int:

@@ -116,7 +116,7 @@ class DataSection(Section):
     root: str = "."
     sources: dict[str, SourceSection] = Field(default_factory=dict)
     vocabulary: str = Field("bert", description="'bert' (bert-base-uncased), 'data' (built from the records) or a file")
-    vocabulary_size: Positive | None = None
+    vocabulary_min_count: Positive = Field(1, description="rarer pieces are spelled in characters")
     max_text: Positive = 30
     workers: NonNegative = 0
     max_bad_fraction: Fraction = 0.01

@@ -20,7 +20,7 @@ from mplug_core.errors import CheckpointError
 # Encoding is one text at a time, and data workers fork: without this the package warns about its thread pool.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import tokenizers  # noqa: E402
+import tokenizers
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ class Tokenizer:
         return [self.cls_id, *ids[:room], self.sep_id] if end else [self.cls_id, *ids[:room]]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Ids (a tensor row will do) as text: pieces joined, punctuation attached to the word before it, 3.5 and 10:30 whole.
+        """Ids (a tensor row will do) as text: pieces joined, punctuation attached, numbers like 3.5 and 10:30 whole.
 
         [PAD], [CLS], [SEP], [MASK] and box tokens are left out unless ``skip_special`` is false.
         """

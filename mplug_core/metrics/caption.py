@@ -9,6 +9,7 @@ the same names.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,7 +35,9 @@ _JAVA_OPTIONS = (
     "-Dstdout.encoding=UTF-8",
 )
 # Tokens that caption scores don't count.
-_PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split(" "))
+_PUNCTUATION = frozenset(
+    ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
+)
 # A start of Java on a busy machine, and many times what a caption takes.
 _START_SECONDS, _CAPTION_SECONDS = 180.0, 0.2
 
@@ -260,10 +263,8 @@ def _meteor(hypotheses: dict[str, list[str]], truths: dict[str, list[str]]) -> t
             watchdog.cancel()
             process.kill()
             for pipe in (process.stdin, process.stdout):
-                try:
+                with contextlib.suppress(OSError):  # what was not yet written to a dead process
                     pipe.close()  # type: ignore[union-attr]
-                except OSError:  # what was not yet written to a dead process
-                    pass
             process.wait()
     return scores[-1], scores[:-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -199,10 +200,8 @@ def test_garbage_inside_never_raises_anything_else() -> None:
             data = clean.copy()
             places = random.integers(0, len(data), 20)
             data[places] = random.integers(0, 256, 20)
-            try:
+            with contextlib.suppress(ImageError):
                 assert open_image(data.tobytes(), max_pixels=10_000_000).mode == "RGB"
-            except ImageError:
-                pass
 
 
 def test_bomb_is_refused_before_decoding(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_pairs_are_checked(predictions: dict[str, str], references: dict[str, li
 
 
 def test_unknown_metric() -> None:
-    with pytest.raises(MplugError, match="rouge.*there are bleu"):
+    with pytest.raises(MplugError, match=r"rouge.*there are bleu"):
         score_captions(PREDICTIONS, REFERENCES, metrics=("rouge",))
 
 

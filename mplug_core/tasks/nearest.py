@@ -1,0 +1,58 @@
+"""The baseline of captioning: every photo gets the caption of the most similar training photo.
+
+Similar is what the model's contrastive image feature says. A captioner that does not beat it repeats what it has seen.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mplug_core.data.records import read_captions
+from mplug_core.metrics.caption import score_captions
+from mplug_core.tasks.evaluation import Evaluation
+from mplug_core.tasks.task import Ready, Result, rows
+
+
+@torch.inference_mode()
+def nearest_captions(
+    ready: Ready,
+    train: str,
+    path: str,
+    split: str | None = None,
+    train_split: str | None = None,
+    format: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+) -> Result:
+    """Caption metrics of the first caption of the nearest photo of ``train``, a photo itself excepted."""
+    began = time.perf_counter()
+    records = read_captions(path, split, format)
+    known, known_features, _ = _features(ready, read_captions(train, train_split).records, batch_size)
+    asked, features, skipped = _features(ready, records.records, batch_size, limit)
+    similarity = features @ known_features.T
+    places = {record.image: place for place, record in enumerate(known)}
+    for row, record in enumerate(asked):
+        if record.image in places:
+            similarity[row, places[record.image]] = -torch.inf
+    chosen = [known[place] for place in similarity.argmax(1).tolist()]
+    predictions = {record.image_id: found.captions[0] for record, found in zip(asked, chosen, strict=True)}
+    metrics = score_captions(predictions, {record.image_id: list(record.captions) for record in asked})
+    listed = [
+        {"image": str(record.image), "caption": found.captions[0], "nearest": str(found.image)}
+        for record, found in zip(asked, chosen, strict=True)
+    ]
+    skipped += len(records.missing) + len(records.broken)
+    return Result("nearest", len(asked), skipped, metrics, time.perf_counter() - began, listed)
+
+
+def _features(ready: Ready, records: list, batch_size: int, limit: int | None = None) -> tuple[list, torch.Tensor, int]:
+    """Records whose image can be read, their features [n, E], and how many were skipped."""
+    evaluation = Evaluation(ready, records, batch_size, limit)
+    kept, parts = [], []
+    for images, drawn in evaluation:
+        kept += [record for _, record in drawn]
+        parts.append(images.feature[rows(drawn)].float().cpu())
+    features = torch.cat(parts) if parts else torch.empty(0, ready.config.embed_dim)
+    return kept, features, len(evaluation.skipped)

@@ -1,0 +1,88 @@
+"""Checkpoints that are complete or absent: written beside, renamed, and only then pointed to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mplug_core.errors import CheckpointError
+from mplug_core.training.distributed import World
+
+POINTER = "latest"
+
+
+def checkpoint_folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that the pointer of a run folder names, if any."""
+    pointer = checkpoint_folder(run) / POINTER
+    if not pointer.is_file():
+        return None
+    folder = checkpoint_folder(run) / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / "meta.json").is_file():
+        raise CheckpointError(f"{pointer} names {folder.name}, which is not there", "--resume never starts anew")
+    return folder
+
+
+def write_checkpoint(
+    run: Path, name: str, world: World, save: Callable[[Path], None], state: dict[str, Any], meta: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint of all processes and remove all but the last ``keep``.
+
+    ``save`` writes the engine's part (every process), ``state`` (tensors and plain values) and ``meta`` (JSON) are
+    those of the first process.
+    """
+    root = checkpoint_folder(run)
+    beside, folder = root / f".{name}", root / name
+    if world.is_first:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    world.barrier()
+    save(beside)
+    rng = {"cpu": torch.get_rng_state()}
+    torch.save(rng, beside / f"rng-{world.rank}.pt")
+    world.barrier()
+    if world.is_first:
+        torch.save(state, beside / "state.pt")
+        (beside / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        for file in beside.rglob("*"):
+            if file.is_file():
+                sync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(beside, folder)
+        pointer = root / f".{POINTER}"
+        pointer.write_text(name, encoding="utf-8")
+        sync(pointer)
+        os.replace(pointer, root / POINTER)
+        written = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for old in written[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+    return folder
+
+
+def read_checkpoint(folder: Path, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``state`` and ``meta`` of a checkpoint; the random state of this process is set."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        rng = folder / f"rng-{world.rank}.pt"
+        if rng.exists():
+            torch.set_rng_state(torch.load(rng, weights_only=True)["cpu"])
+    except (OSError, json.JSONDecodeError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}", "--resume never starts anew") from error
+    return state, meta
+
+
+def sync(file: Path) -> None:
+    """Have the disk hold what was written."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())

