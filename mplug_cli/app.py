@@ -89,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            reason = " ".join(str(error).split())
-            kind = type(error).__name__
-            show.error(f"internal: {f'{kind}: {reason}' if reason else kind} (set {DEBUG_VARIABLE}=1 for the traceback)")
+            what = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+            show.error(f"internal: {what} (set {DEBUG_VARIABLE}=1 for the traceback)")
             return 1
     except BrokenPipeError:
         _leave_closed_pipes()

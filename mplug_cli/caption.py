@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 def caption(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[INPUTS]...", help="Files, folders, 'patterns*', addresses, or - for an image on stdin."),
+        typer.Argument(
+            metavar="[INPUTS]...", help="Files, folders, 'patterns*', addresses, or - for an image on stdin."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
     beam: Annotated[int | None, typer.Option("--beam", min=1, help=f"Beams; 1 is greedy. Default: {BEAMS}.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Captions for each image, best first.")] = 1,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help=f"Longest caption. Default: {MAX_TOKENS}.")] = None,
-    min_tokens: Annotated[int | None, typer.Option("--min-tokens", min=0, help=f"Shortest caption. Default: {MIN_TOKENS}.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help=f"Longest caption. Default: {MAX_TOKENS}.")
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option("--min-tokens", min=0, help=f"Shortest caption. Default: {MIN_TOKENS}.")
+    ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw at random instead of searching.")] = False,
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample: share of probability drawn from.")
@@ -41,7 +47,9 @@ def caption(
         str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 16,
-    null: Annotated[bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, as find -print0 writes.")] = False,
+    null: Annotated[
+        bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, as find -print0 writes.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
 ) -> None:
     """Describe images in a sentence each.
@@ -136,7 +144,9 @@ def _answer(inputs: Inputs, loaded: Loaded, decoding: Decoding, as_json: bool, b
                     if inputs.plain and not as_json:
                         show.error(str(result))
                     else:
-                        write_line(json_line({"image": item.name, "error": {"code": result.code, "message": str(result)}}))
+                        write_line(
+                            json_line({"image": item.name, "error": {"code": result.code, "message": str(result)}})
+                        )
                     continue
                 captions = [
                     {"caption": a.text, "score": round(a.score, 4), "confidence": round(a.confidence, 4)}

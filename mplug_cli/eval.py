@@ -40,9 +40,12 @@ def evaluate(
         int | None, typer.Option("--candidates", min=0, help="For retrieval: how many are re-ranked by matching.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="For caption: nearest, the caption of the nearest photo of --train.")
+        str | None,
+        typer.Option("--baseline", help="For caption: nearest, the caption of the nearest photo of --train."),
     ] = None,
-    train: Annotated[str | None, typer.Option("--train", metavar="PATH", help="Captions that the baseline repeats.")] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", metavar="PATH", help="Captions that the baseline repeats.")
+    ] = None,
     train_split: Annotated[str | None, typer.Option("--train-split", help="Its part.")] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", metavar="FILE", help="Write what was predicted, as JSON Lines.")

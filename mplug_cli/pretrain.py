@@ -9,22 +9,29 @@ import typer
 
 from mplug_cli.recipe import as_yaml
 from mplug_cli.streams import write_line
+from mplug_cli.watch import watching
 from mplug_core.errors import CheckpointError
 
 
 def pretrain(
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe (mplug recipe ls) or a file.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields of the recipe to change: optimizer.lr=3e-4"),
     ] = None,
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe (mplug recipe ls) or a file.")
-    ] = ...,  # type: ignore[assignment]  # typer's word for required
     resume: Annotated[
-        str, typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the run's last checkpoint, or from PATH.")
+        str,
+        typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the run's last checkpoint, or from PATH."),
     ] = "auto",
-    run: Annotated[str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")] = False,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Pre-train a model as a recipe says.
 
@@ -44,4 +51,5 @@ def pretrain(
 
     from mplug_core.training.trainer import pretrain as train
 
-    train(settings, resume=resume)
+    with watching(quiet) as watch:
+        train(settings, resume, watch)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 recipe = typer.Typer(name="recipe", help="List, read, copy and check recipes.", no_args_is_help=True)
 
-_Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe, with or without its folder, or a file.")]
+_Name = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe, with or without its folder, or a file.")
+]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields to change.")]
 
 
@@ -50,7 +52,9 @@ def _headline(file: Path) -> str:
 def show_recipe(
     name: _Name,
     overrides: _Overrides = None,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Every field, defaults and overrides filled in.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Every field, defaults and overrides filled in.")
+    ] = False,
 ) -> None:
     """Print a recipe: the file as it is, or with --resolved or overrides every field as a run would see it."""
     from mplug_core.recipe import find_recipe, load_recipe
@@ -96,7 +100,8 @@ def copy(
 @recipe.command()
 def validate(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="NAME|FILE... [KEY.PATH=VALUE]...", help="Recipes, and fields to change in each.")
+        list[str],
+        typer.Argument(metavar="NAME|FILE... [KEY.PATH=VALUE]...", help="Recipes, and fields to change in each."),
     ],
 ) -> None:
     """Check recipes, and name all faults of each; the exit code is 3 if there are any."""

@@ -27,6 +27,12 @@ def note(message: str, quiet: bool = False) -> None:
         _line("note", "cyan", message)
 
 
+def line(text: str) -> None:
+    """Plain text, in one line."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
 def _line(label: str, style: str, message: str) -> None:
     if sys.stderr is None:  # closed by whoever started us
         return

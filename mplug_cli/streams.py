@@ -69,9 +69,12 @@ def read_inputs(arguments: list[str], null_separated: bool = False) -> Inputs:
     if arguments.count(_STDIN) > 1:
         raise UsageError("'-' is given twice, and standard input holds one image", "name it once")
     if _STDIN in arguments and sys.stdin is not None and sys.stdin.isatty():
-        raise UsageError("'-' reads an image from standard input, which is a terminal", "for example: mplug caption - < photo.jpg")
+        raise UsageError(
+            "'-' reads an image from standard input, which is a terminal", "for example: mplug caption - < photo.jpg"
+        )
     items = [item for argument in arguments for item in _named(argument)]
-    plain = len(arguments) == 1 and len(items) == 1 and not os.path.isdir(arguments[0]) and items[0].name == arguments[0]
+    # a folder or pattern of one image gives what one of many gives, so that scripts can rely on it
+    plain = len(arguments) == 1 and [item.name for item in items] == arguments
     return Inputs(items, plain, len(items))
 
 

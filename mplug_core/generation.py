@@ -253,7 +253,9 @@ def _beam(state: _Search) -> list[list[Hypothesis]]:
             hypotheses = sorted(found[owner], key=lambda h: -h.score)[:width]
             if last:
                 unfinished = [
-                    state.hypothesis(torch.cat([state.ids[rows[image, b]], tokens[image, b : b + 1]]), float(best[image, b]))
+                    state.hypothesis(
+                        torch.cat([state.ids[rows[image, b]], tokens[image, b : b + 1]]), float(best[image, b])
+                    )
                     for b in range(width)
                     if best[image, b].isfinite()
                 ]
@@ -261,7 +263,9 @@ def _beam(state: _Search) -> list[list[Hypothesis]]:
                 hypotheses += sorted(unfinished, key=lambda h: -h.score)[: width - len(hypotheses)]
             found[owner] = hypotheses
             # log-probabilities only fall, so a live beam's bound is its present sum at the longest length
-            bound = float(best[image, 0]) / state.penalty(state.steps if state.decoding.length_penalty > 0 else step + 1)
+            bound = float(best[image, 0]) / state.penalty(
+                state.steps if state.decoding.length_penalty > 0 else step + 1
+            )
             if not last and (len(hypotheses) < width or hypotheses[-1].score < bound):
                 stay.append(image)
         if not stay:

@@ -28,9 +28,7 @@ OBJECTIVES = ("itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "sta
 TASKS = ("pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches")
 
 Tower = Literal["visual", "text", "fusion", "decoder"]
-Objective = Literal[
-    "itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"
-]
+Objective = Literal["itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"]
 TaskName = Literal["pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches"]
 
 
@@ -57,6 +55,19 @@ class ClassifierSection(Section):
     labels: list[str]
 
 
+class ImageHeadSection(Section):
+    """Contrastive head of the image side for a frozen backbone and few photos: whitened inputs, one hidden layer.
+
+    ``classes`` keeps the backbone's classifier: the mean feature of the names of the classes that it sees is an input.
+    """
+
+    classes: NonNegative = 0
+    whiten: Positive = 512
+    hidden: Positive = 1024
+    input_dropout: Fraction = 0.3
+    dropout: Fraction = 0.5
+
+
 class ModelSection(Section):
     """The architecture. ``size`` names a base configuration (tiny, small, base, large) that the rest overrides."""
 
@@ -72,6 +83,7 @@ class ModelSection(Section):
     stride: Positive = 3
     rule: Literal["paper", "released"] = "paper"
     decoder_layers: NonNegative = 12
+    decoder_width: Positive | None = Field(None, description="default: width")
     decoder_intermediate: Positive | None = None
     vocab_size: Positive = 30522
     max_positions: Positive = 512
@@ -79,7 +91,7 @@ class ModelSection(Section):
     dropout: Fraction = 0.1
     embed_dim: Positive = 256
     temperature: float = Field(0.07, gt=0)
-    image_head: NonNegative = Field(0, description="hidden width of the image side's contrastive head; 0: one layer")
+    image_head: ImageHeadSection | None = Field(None, description="default: one linear layer")
     summary_tokens: NonNegative = Field(0, description="image tokens made from the contrastive feature")
     text_pooling: Literal["first", "mean"] = "first"
     box_bins: NonNegative = 0
@@ -89,6 +101,8 @@ class ModelSection(Section):
     def heads_divide_width(self) -> ModelSection:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.decoder_width and self.decoder_width % (self.width // self.heads):
+            raise ValueError(f"decoder_width {self.decoder_width} is not a multiple of {self.width // self.heads}")
         return self
 
 
@@ -107,6 +121,7 @@ class SourceSection(Section):
     )
     augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
     crop_scale: tuple[float, float] = (0.2, 1.0)
+    grid_dropout: Fraction = Field(0.0, description="share of images shown by their summary tokens alone")
     cached_views: NonNegative = Field(0, description="views per image whose visual features are computed once")
 
 
@@ -153,10 +168,27 @@ class OptimizerSection(Section):
     clip: float = Field(1.0, gt=0)
 
 
+class AlignSection(Section):
+    """Trains the image side's contrastive head alone, on features computed once, against a frozen text side.
+
+    With ``folds`` it is first trained that many times, each time without a part of the photos, whose features then
+    come from a head that has not seen them; stand-ins for photos of captions without any are fitted on these.
+    """
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    batch_size: Positive = 256
+    pool: NonNegative = Field(2048, description="further captions of the mix as negatives in each step")
+    temperature: float = Field(0.06, gt=0)
+    cosine: float = Field(5.0, ge=0, description="weight of 1 - cosine to the mean feature of the image's captions")
+    views: Positive = Field(2, description="views of a photo that are mixed at random")
+    ridge: float = Field(1.0, gt=0, description="of the stand-ins' linear map, times the mean variance")
+
+
 class StageSection(Section):
     """A part of the run with its own length, mix and rates; what it leaves out is as the recipe says."""
 
     name: str
+    align: AlignSection | None = None
     steps: Positive | None = None
     objectives: dict[Objective, float] | None = None
     sources: list[str] | None = Field(None, description="names of the sources in use")
@@ -233,7 +265,9 @@ class Recipe(Section):
         for stage in self.stages:
             for source in stage.sources or []:
                 if source not in self.data.sources:
-                    raise ValueError(f"stages: {stage.name}: no source {source!r} in data.sources{nearest(source, self.data.sources)}")
+                    raise ValueError(
+                        f"stages: {stage.name}: no source {source!r} in data.sources{nearest(source, self.data.sources)}"
+                    )
         return self
 
 
@@ -381,7 +415,10 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$", re.IGNORECASE),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$",
+        re.IGNORECASE,
+    ),
     list("-+0123456789."),
 )
 

@@ -34,15 +34,17 @@ class Batch:
     """The part of a step that comes from one source.
 
     One of ``pixels`` [B, 3, S, S], ``features`` [B, N, C] (of the frozen backbone, computed before) and ``stand_in``
-    (captions whose features stand in for images: ids and mask [M, T], ``row`` [M]) is there. ``image_ids`` [B] are
-    equal only for the same image. ``blocks``: what each task's encoder made; ``bad``: images that could not be read.
+    [B, E] (text features that stand in for images) is there; ``aligned`` [B, E] are contrastive features known before.
+    ``image_ids`` [B] are equal only for the same image. ``blocks``: what each task's encoder made; ``bad``: images
+    that could not be read.
     """
 
     source: str
     image_ids: Tensor
     pixels: Tensor | None = None
     features: Tensor | None = None
-    stand_in: Block | None = None
+    stand_in: Tensor | None = None
+    aligned: Tensor | None = None
     blocks: dict[str, Block] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
 
@@ -86,12 +88,12 @@ class Source:
         records: Mapping[str, Sequence[Any]],
         vision: VisionSection,
         encoders: Mapping[str, Encode],
-        encode_stand_in: Encode | None = None,
     ) -> None:
         """``records``: of each task in ``section.tasks``, with ``image`` or ``images``; captions alone have neither."""
         self.name, self.section, self.vision = name, section, vision
-        self.encoders, self.encode_stand_in = encoders, encode_stand_in
-        self.features: np.ndarray | None = None
+        self.encoders = encoders
+        self.features: np.ndarray | None = None  # [views, images, N, C], where they are computed before
+        self.aligned: np.ndarray | None = None  # [views, images, E] contrastive features, of texts for captions alone
         numbers: dict[Any, int] = {}
         self.by_image: list[dict[str, list[tuple[tuple[int, ...], Any]]]] = []
         links = []
@@ -137,11 +139,12 @@ class Source:
         batch = Batch(self.name, torch.zeros(0))
         kept = list(images)
         if self.section.text_only:
-            drawn = [((row,), self._draw_one(image, rng)) for row, image in enumerate(kept)]
-            batch.stand_in = self.encode_stand_in(drawn, rng)
+            batch.stand_in = torch.from_numpy(self.aligned[0, kept])
         elif self.features is not None:
             views = [rng.randrange(len(self.features)) for _ in kept]
             batch.features = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, kept, strict=True)]))
+            if self.aligned is not None:
+                batch.aligned = self._mixed_views(kept, rng)
         else:
             pixels, kept, batch.bad = self._read(kept, rng)
             batch.pixels = torch.stack(pixels)
@@ -159,9 +162,13 @@ class Source:
                 batch.blocks[task] = self.encoders[task](drawn, rng)
         return batch
 
-    def _draw_one(self, image: int, rng: random.Random) -> Any:
-        task = next(iter(self.by_image[image]))
-        return self.by_image[image][task][0][1]
+    def _mixed_views(self, images: Sequence[int], rng: random.Random) -> Tensor:
+        """Half the mean over an image's views, half a random mixture of two of them, of unit length [B, E]."""
+        views = self.aligned[:, images]
+        first, second = (np.stack([views[rng.randrange(len(views)), i] for i in range(len(images))]) for _ in "ab")
+        share = np.array([[rng.random()] for _ in images], np.float32)
+        mixed = views.mean(0) + share * first + (1 - share) * second
+        return torch.from_numpy(mixed / np.linalg.norm(mixed, axis=-1, keepdims=True))
 
     def _read(self, images: Sequence[int], rng: random.Random) -> tuple[list[Tensor], list[int], list[str]]:
         """Pixels of the images that can be read, which ones those are, and a line for each of the others."""

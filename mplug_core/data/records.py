@@ -22,6 +22,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -134,10 +135,12 @@ def read_captions(
     """Captions, one record an image, in the order of the file (entries of one image are joined).
 
     ``path`` is a file, or a folder with ``split``. ``format`` overrules what the file looks like, ``images`` the folder
-    that image names are relative to. With ``text_only`` images are neither needed nor looked for: ``image`` is None.
+    that image names are relative to. A split may end in a condition on numeric image ids, ``val2017[id%5==0]`` or
+    ``[id%5!=0]``. With ``text_only`` images are neither needed nor looked for: ``image`` is None.
 
     Raises DataError where there is no such file or split, or nothing usable in it.
     """
+    split, chosen = _selection(split)
     source = _find(Path(path), split, "captions")
     found = format or _recognise(source)
     base = Path(images) if images is not None else _image_folder(source, found)
@@ -159,7 +162,7 @@ def read_captions(
     records = [
         CaptionRecord(image, tuple(captions), image_id)
         for image_id, (image, captions) in joined.items()
-        if image is None or reading.exists(image)
+        if chosen(image_id) and (image is None or reading.exists(image))
     ]
     return reading.result(records)
 
@@ -327,6 +330,22 @@ class _Entry:
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise self.fault("image_id", "a number or a text")
         return str(value)
+
+
+def _selection(split: str | None) -> tuple[str | None, Callable[[str], bool]]:
+    """``val2017[id%5==0]``: the split, and the test of image ids that are numbers; all pass without brackets."""
+    match = re.fullmatch(r"(.*)\[id%(\d+)(==|!=)(\d+)\]", split or "")
+    if match is None:
+        return split, lambda image_id: True
+    divisor, remainder, equal = int(match[2]), int(match[4]), match[3] == "=="
+    if divisor == 0:
+        raise DataError(f"split {split}: ids can't be divided by 0", "write val2017[id%5==0], for example")
+
+    def chosen(image_id: str) -> bool:
+        digits = re.search(r"(\d+)\D*$", image_id)
+        return (digits is not None and int(digits[1]) % divisor == remainder) == equal
+
+    return match[1] or None, chosen
 
 
 def _find(path: Path, split: str | None, name: str) -> Path:

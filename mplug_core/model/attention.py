@@ -102,15 +102,15 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from one stream to another, whose keys and values may be cached and shared."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, memory_width: int | None = None) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
+        self.kv = nn.Linear(memory_width or width, 2 * width)
         self.out = nn.Linear(width, width)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """``memory`` [M, N, W] to keys and values [M, H, N, D]."""
+        """``memory`` [M, N, memory width] to keys and values [M, H, N, D]."""
         batch, length, _ = memory.shape
         key, value = self.kv(memory).view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return key, value

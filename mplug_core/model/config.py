@@ -29,7 +29,9 @@ class MplugConfig(ModelSection):
         try:
             return cls.model_validate(json.loads(Path(file).read_text(encoding="utf-8")))
         except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror}", "give a model folder with a config.json") from error
+            raise CheckpointError(
+                f"cannot read {file}: {error.strerror}", "give a model folder with a config.json"
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file} is not JSON: {error}") from error
         except ValidationError as error:

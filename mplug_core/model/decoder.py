@@ -31,10 +31,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MplugConfig) -> None:
         super().__init__()
-        intermediate = config.decoder_intermediate or config.intermediate
+        memory_width, intermediate = config.width, config.decoder_intermediate or config.intermediate
+        if config.decoder_width:
+            heads = config.decoder_width * config.heads // config.width
+            config = config.model_copy(update={"width": config.decoder_width, "heads": heads})
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(
-            BertLayer(config, cross=True, intermediate=intermediate) for _ in range(config.decoder_layers)
+            BertLayer(config, True, intermediate, memory_width) for _ in range(config.decoder_layers)
         )
         self.head = LanguageHead(config)
         self.checkpointing = False

@@ -15,6 +15,7 @@ from mplug_core.model.decoder import Decoder, LanguageHead
 from mplug_core.model.fusion import Fusion
 from mplug_core.model.text import TextEncoder
 from mplug_core.model.vision import VisualEncoder
+from mplug_core.recipe import ImageHeadSection
 
 
 @dataclass
@@ -49,21 +50,31 @@ class ImageEncoding:
 
 
 class SummaryTokens(nn.Module):
-    """Image tokens made from a contrastive feature, so that a text's feature can stand in for an image."""
+    """Image tokens made from a contrastive feature, so that a text's feature can stand in for an image.
+
+    ``centre`` and ``scale`` bring features of unit length, which crowd around their mean, to zero mean and unit
+    variance; they are set once from real features (:meth:`fit`).
+    """
 
     def __init__(self, config: MplugConfig) -> None:
         super().__init__()
         self.count = config.summary_tokens
-        self.hidden = nn.Linear(config.embed_dim, 2 * config.width)
-        self.tokens = nn.Linear(2 * config.width, self.count * config.width)
+        self.register_buffer("centre", torch.zeros(config.embed_dim))
+        self.register_buffer("scale", torch.tensor([config.embed_dim**0.5]))
+        self.hidden = nn.Linear(config.embed_dim, config.width)
+        self.tokens = nn.Linear(config.width, self.count * config.width)
         self.norm = nn.LayerNorm(config.width)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Centre and scale from features [R, E]."""
+        self.centre.copy_(features.mean(0))
+        self.scale.copy_(1 / (features - features.mean(0)).square().mean().sqrt())
 
     def forward(self, feature: Tensor) -> Tensor:
         """[B, E] of unit length to [B, K, W]."""
-        # unit length makes entries of about 1/sqrt(E): bring them to the scale that layers expect
-        scaled = feature * feature.shape[-1] ** 0.5
-        tokens = self.tokens(F.gelu(self.hidden(scaled)))
-        return self.norm(tokens.view(len(feature), self.count, -1))
+        hidden = F.gelu(self.hidden((feature - self.centre) * self.scale))
+        return self.norm(self.tokens(hidden).view(len(feature), self.count, -1))
 
 
 class Classifier(nn.Module):
@@ -79,15 +90,60 @@ class Classifier(nn.Module):
         return self.out(F.gelu(self.hidden(joined)))
 
 
-class ContrastiveHead(nn.Sequential):
-    """To the contrastive space: one linear layer, or a hidden layer before it for a frozen backbone."""
+class ImageHead(nn.Module):
+    """Contrastive head for a frozen convolutional backbone and few photos.
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, dropout: float) -> None:
-        if hidden:
-            layers = [nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout)]
-            super().__init__(*layers, nn.Linear(hidden, outputs))
-        else:
-            super().__init__(nn.Linear(inputs, outputs))
+    Pooled features and, with a classifier, the expected feature of the class names, are whitened by fixed matrices
+    (fitted once, :meth:`fit`), so that one hidden layer learns from a thousand photos.
+    """
+
+    def __init__(self, head: ImageHeadSection, pooled: int, outputs: int) -> None:
+        super().__init__()
+        self.class_names = nn.Linear(head.classes, outputs, bias=False) if head.classes else None
+        inputs = pooled + (outputs if head.classes else 0)
+        self.register_buffer("centre", torch.zeros(inputs))
+        self.register_buffer("whiten", torch.zeros(inputs, head.whiten))
+        self.layers = nn.Sequential(
+            nn.Dropout(head.input_dropout),
+            nn.Linear(head.whiten, head.hidden),
+            nn.GELU(),
+            nn.Dropout(head.dropout),
+            nn.Linear(head.hidden, outputs),
+        )
+
+    def gather(self, pooled: Tensor, probabilities: Tensor | None) -> Tensor:
+        """The raw inputs: pooled features [B, P], and the expected class-name feature from ``probabilities``."""
+        if self.class_names is None:
+            return pooled
+        return torch.cat([pooled, self.class_names(probabilities)], -1)
+
+    @torch.no_grad()
+    def fit(self, inputs: Tensor, blocks: list[int], weights: list[float]) -> None:
+        """Whitening from raw inputs [R, P]: each block scaled to unit mean square times its weight, then PCA."""
+        inputs = inputs.float()
+        scale = torch.cat(
+            [
+                w / part.square().mean().sqrt().expand(part.shape[1])
+                for part, w in zip(inputs.split(blocks, 1), weights, strict=True)
+            ]
+        )
+        centre = inputs.mean(0)
+        centred = (inputs - centre) * scale
+        _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+        kept = self.whiten.shape[1]
+        spread = (singular[:kept] / len(inputs) ** 0.5).clamp(min=1e-4)
+        matrix = torch.zeros_like(self.whiten, dtype=torch.float32)
+        matrix[:, : len(spread)] = scale[:, None] * directions[:kept].T / spread
+        self.centre.copy_(centre)
+        self.whiten.copy_(matrix)
+
+    def forward(self, pooled: Tensor, probabilities: Tensor | None = None) -> Tensor:
+        """[B, P] to [B, E], not normalised."""
+        return self.project(self.gather(pooled, probabilities))
+
+    def project(self, inputs: Tensor) -> Tensor:
+        """From raw inputs."""
+        return self.layers((inputs - self.centre) @ self.whiten)
 
 
 class Mplug(nn.Module):
@@ -108,7 +164,10 @@ class Mplug(nn.Module):
             norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.visual_projection = nn.Sequential(nn.Linear(self.visual.width, width), norm)
         pooled = width if self.visual.is_transformer else self.visual.pooled_width
-        self.image_projection = ContrastiveHead(pooled, config.image_head, embed, config.dropout)
+        if config.image_head is None:
+            self.image_projection = nn.Linear(pooled, embed)
+        else:
+            self.image_projection = ImageHead(config.image_head, pooled, embed)
         self.summary = SummaryTokens(config) if config.summary_tokens else None
         self.text = TextEncoder(config)
         self.text_projection = nn.Linear(width, embed)
@@ -138,19 +197,30 @@ class Mplug(nn.Module):
         """``pixels`` [B, 3, H, W], normalised as the configuration says."""
         return self.encode_features(self.visual(pixels))
 
-    def encode_features(self, features: Tensor) -> ImageEncoding:
-        """From the backbone's tokens [B, N, C], which a frozen backbone computes once per image."""
+    def encode_features(self, features: Tensor, feature: Tensor | None = None) -> ImageEncoding:
+        """From the backbone's tokens [B, N, C], which a frozen backbone computes once per image.
+
+        ``feature`` [B, E] stands in for the contrastive feature where it is known.
+        """
         tokens = features if self.visual_projection is None else self.visual_projection(features)
-        if self.visual.is_transformer:
-            pooled = tokens[:, 0]
-        else:
-            pooled = self.visual.pool(features)
+        if self.grid_positions is not None:
             tokens = tokens + self.grid_positions
-        feature = F.normalize(self.image_projection(pooled), dim=-1)
+        if feature is None:
+            feature = self.image_feature(features, tokens)
         if self.summary is not None:
             tokens = torch.cat([self.summary(feature), tokens], 1)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return ImageEncoding(tokens, feature, mask)
+
+    def image_feature(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Contrastive feature [B, E]: of the class token, or of a convolutional grid's mean and maximum."""
+        if self.visual.is_transformer:
+            return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+        pooled = self.visual.pool(features)
+        if self.config.image_head is None:
+            return F.normalize(self.image_projection(pooled), dim=-1)
+        probabilities = self.visual.class_probabilities(features) if self.config.image_head.classes else None
+        return F.normalize(self.image_projection(pooled, probabilities), dim=-1)
 
     def imagine(self, feature: Tensor) -> ImageEncoding:
         """An image of which only its contrastive feature [B, E] is known: the summary tokens alone."""

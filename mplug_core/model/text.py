@@ -43,12 +43,18 @@ class FeedForward(nn.Module):
 class BertLayer(nn.Module):
     """Self-attention, optional cross-attention, feed-forward: each with residual and LayerNorm after it."""
 
-    def __init__(self, config: MplugConfig, cross: bool = False, intermediate: int | None = None) -> None:
+    def __init__(
+        self,
+        config: MplugConfig,
+        cross: bool = False,
+        intermediate: int | None = None,
+        memory_width: int | None = None,
+    ) -> None:
         super().__init__()
         width, eps = config.width, config.layer_norm_eps
         self.attention = SelfAttention(width, config.heads, config.dropout)
         self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.cross = CrossAttention(width, config.heads, config.dropout) if cross else None
+        self.cross = CrossAttention(width, config.heads, config.dropout, memory_width) if cross else None
         self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
         self.feed_forward = FeedForward(width, intermediate or config.intermediate)
         self.feed_forward_norm = nn.LayerNorm(width, eps=eps)

@@ -12,6 +12,10 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import nearest
 
 
+TRANSFORMERS = ("vit", "deit", "deit3", "flexivit")
+"""First words of the names of timm's plain vision transformers, which are built for an image size."""
+
+
 def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     """Resize a position embedding ``[prefix + h * w, C]`` of a square grid to ``grid``.
 
@@ -19,10 +23,10 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) 
     """
     kept, cells = positions[:prefix], positions[prefix:]
     side = round(len(cells) ** 0.5)
-    if (side, side) == tuple(grid):
-        return positions
     if side * side != len(cells):
         raise CheckpointError(f"position embedding of {len(cells)} cells is not a square grid")
+    if (side, side) == tuple(grid):
+        return positions
     square = cells.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
     return torch.cat([kept, resized.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(cells.dtype)])
@@ -32,7 +36,8 @@ class VisualEncoder(nn.Module):
     """A timm backbone whose last feature map or token sequence is the image's token sequence.
 
     A vision transformer gives all its tokens after its final norm, the class token first. A convolutional network
-    gives the cells of its last grid, row by row. ``positions`` is the number of tokens at the configured size.
+    gives the cells of its last grid, row by row. ``grid`` is (rows, columns) at the configured size. CheckpointError
+    for a backbone that timm doesn't have, that can't be built as configured, or that gives neither.
     """
 
     def __init__(self, config: MplugConfig) -> None:
@@ -42,21 +47,36 @@ class VisualEncoder(nn.Module):
             known = nearest(vision.backbone, timm.list_models())
             raise CheckpointError(f"timm has no backbone {vision.backbone!r}{known}", "see timm.list_models()")
         options = dict(vision.options)
-        self.is_transformer = "vit_" in vision.backbone
-        if self.is_transformer:
-            options = {"img_size": vision.image_size, **options}
-        self.backbone = timm.create_model(vision.backbone, pretrained=False, num_classes=0, global_pool="", **options)
+        if vision.backbone.split("_")[0] in TRANSFORMERS:
+            # without a pooling, so that the final norm is on all tokens
+            options = {"img_size": vision.image_size, "global_pool": "", **options}
+        classes = config.image_head.classes if config.image_head else 0
+        try:
+            self.backbone = timm.create_model(vision.backbone, pretrained=False, num_classes=classes, **options)
+        except (TypeError, ValueError, AssertionError) as error:
+            reason = f"{vision.backbone} can't be built with options {vision.options}: {error}"
+            raise CheckpointError(reason, "correct model.vision.options") from error
         self.is_transformer = isinstance(self.backbone, timm.models.vision_transformer.VisionTransformer)
         self.width = self.backbone.num_features
+        if self.is_transformer and not self.backbone.has_class_token:
+            raise CheckpointError(f"{vision.backbone} has no class token", "choose another model.vision.backbone")
         if self.is_transformer:
             self.grid = self.backbone.patch_embed.grid_size
             # the contrastive feature is read off the class token
             self.pooled_width = self.width
         else:
             with torch.no_grad():
-                probe = self.backbone.eval().forward_features(torch.zeros(1, 3, vision.image_size, vision.image_size))
+                try:
+                    probe = self.backbone.eval().forward_features(torch.zeros(1, 3, vision.image_size, vision.image_size))
+                except (RuntimeError, AssertionError) as error:
+                    reason = f"{vision.backbone} takes no images of {vision.image_size} pixels: {error}"
+                    raise CheckpointError(reason, "correct model.vision") from error
+            if probe.dim() != 4:
+                reason = f"{vision.backbone} gives neither a grid nor a vision transformer's tokens"
+                raise CheckpointError(reason, "choose another model.vision.backbone")
             self.backbone.train()
-            self.width, self.grid = self._channels_first(probe).shape[1], self._channels_first(probe).shape[2:]
+            _, self.width, *grid = self._channels_first(probe).shape
+            self.grid = tuple(grid)
             self.pooled_width = 2 * self.width
 
     def _channels_first(self, grid: Tensor) -> Tensor:
@@ -72,6 +92,10 @@ class VisualEncoder(nn.Module):
         if self.is_transformer:
             return features
         return self._channels_first(features).flatten(2).transpose(1, 2)
+
+    def class_probabilities(self, tokens: Tensor) -> Tensor:
+        """``tokens`` [B, N, C] of a convolutional network to what its own classifier sees [B, classes]."""
+        return self.backbone.get_classifier()(tokens.mean(1)).softmax(-1)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """``tokens`` [B, N, C] of a convolutional network to [B, 2C]: their mean and maximum."""

@@ -77,8 +77,8 @@ def contrastive_loss(
         empty = (key_ids == EMPTY).unsqueeze(0)
         same = (image_ids.unsqueeze(1) == key_ids.unsqueeze(0)).to(image.dtype)
         hard = same / same.sum(1, keepdim=True).clamp(min=1)
-        image_loss = _one_way(image, text_keys, teacher_image, temperature, hard, empty, alpha)
-        text_loss = _one_way(text, image_keys, teacher_text, temperature, hard, empty, alpha)
+        image_loss = one_way(image, text_keys, teacher_image, temperature, hard, empty, alpha)
+        text_loss = one_way(text, image_keys, teacher_text, temperature, hard, empty, alpha)
         with torch.no_grad():
             near_text = text if teacher_text is None else teacher_text.to(text.dtype)
             near_image = image if teacher_image is None else teacher_image.to(image.dtype)
@@ -87,7 +87,7 @@ def contrastive_loss(
     return ContrastiveOutput((image_loss + text_loss) / 2, image_to_text, text_to_image)
 
 
-def _one_way(
+def one_way(
     queries: Tensor,
     keys: Tensor,
     teacher_queries: Tensor | None,

@@ -87,9 +87,7 @@ class CaptionTask:
             return {}
         memory, mask = model.memory(images[block["image"]])
         logits = model.decode(block["target_ids"], memory, mask)
-        loss = sequence_loss(
-            logits, block["target_ids"], block["target_mask"], label_smoothing=context.label_smoothing
-        )
+        loss = sequence_loss(logits, block["target_ids"], block["target_mask"], label_smoothing=context.label_smoothing)
         return {"caption": loss}
 
     def evaluate(

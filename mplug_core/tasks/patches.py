@@ -60,7 +60,8 @@ class PatchTask(nn.Module):
         predicted = self.head(cells).float()
         *classes, box = predicted.split([*self.counts.values(), 4], -1)
         loss = sum(
-            F.cross_entropy(logits.flatten(0, 1), block[name].flatten()) for name, logits in zip(self.counts, classes, strict=True)
+            F.cross_entropy(logits.flatten(0, 1), block[name].flatten())
+            for name, logits in zip(self.counts, classes, strict=True)
         )
         inside = block["shape"].flatten(1) > 0
         distance = (box - block["box"].flatten(1, 2)).abs().mean(-1)

@@ -61,9 +61,7 @@ class PretrainTask:
             losses["prefix_lm"] = self._prefix(model, image, block, context)
         return losses
 
-    def _pair_losses(
-        self, model: Mplug, image: ImageEncoding, block: Block, context: Context
-    ) -> dict[str, Tensor]:
+    def _pair_losses(self, model: Mplug, image: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         text = model.encode_text(block["ids"], block["mask"])
         text_feature = model.text_feature(text, block["mask"])
         image_ids = context.image_ids[block["image"]]
@@ -76,7 +74,13 @@ class PretrainTask:
                 teacher_image = context.teacher_images().feature[block["image"]]
                 encoded = teacher.encode_text(block["ids"], block["mask"])
                 teacher_text = teacher.text_feature(encoded, block["mask"])
-            keys = dict(zip(("image_keys", "text_keys", "key_ids"), self._keys(teacher_image, teacher_text, image_ids, context), strict=True))
+            keys = dict(
+                zip(
+                    ("image_keys", "text_keys", "key_ids"),
+                    self._keys(teacher_image, teacher_text, image_ids, context),
+                    strict=True,
+                )
+            )
         output = contrastive_loss(
             image.feature, text_feature, temperature, image_ids,
             teacher_image=teacher_image, teacher_text=teacher_text, alpha=context.alpha, **keys,
@@ -96,7 +100,14 @@ class PretrainTask:
         return torch.cat([image, old_image]), torch.cat([text, old_text]), torch.cat([ids, old_ids])
 
     def _matching(
-        self, model: Mplug, image: ImageEncoding, text: Tensor, block: Block, image_ids: Tensor, output: Any, context: Context
+        self,
+        model: Mplug,
+        image: ImageEncoding,
+        text: Tensor,
+        block: Block,
+        image_ids: Tensor,
+        output: Any,
+        context: Context,
     ) -> Tensor:
         negatives = hard_negatives(
             output.image_to_text, image_ids, context.generator,
@@ -129,9 +140,7 @@ class PretrainTask:
         prefix, mask = block["prefix_ids"], block["prefix_mask"]
         memory, memory_mask = model.memory(image, model.encode_text(prefix, mask), mask)
         logits = model.decode(block["target_ids"], memory, memory_mask)
-        return sequence_loss(
-            logits, block["target_ids"], block["target_mask"], label_smoothing=context.label_smoothing
-        )
+        return sequence_loss(logits, block["target_ids"], block["target_mask"], label_smoothing=context.label_smoothing)
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         """Pairs are evaluated as captions and as retrieval."""

@@ -72,9 +72,7 @@ class ClassificationTask:
         return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, predictions)
 
 
-def classify(
-    model: Mplug, classifier: str, images: ImageEncoding, which: Tensor, ids: Tensor, mask: Tensor
-) -> Tensor:
+def classify(model: Mplug, classifier: str, images: ImageEncoding, which: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [n, labels]: the text [n, T] fused with each of its images (rows ``which`` [n] or [n, 2]), joined."""
     text = model.encode_text(ids, mask)
     columns = which[:, None] if which.dim() == 1 else which

@@ -69,6 +69,7 @@ class Context:
     label_smoothing: float = 0.0
     weights: dict[str, float] = field(default_factory=dict)
     source_weight: float = 1.0
+    grid_dropout: float = 0.0
     teacher: Teacher | None = None
     teacher_images: Callable[[], ImageEncoding] | None = None
     queue: FeatureQueue | None = None

@@ -33,7 +33,13 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def write_checkpoint(
-    run: Path, name: str, world: World, save: Callable[[Path], None], state: dict[str, Any], meta: dict[str, Any], keep: int
+    run: Path,
+    name: str,
+    world: World,
+    save: Callable[[Path], None],
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write a checkpoint of all processes and remove all but the last ``keep``.
 

@@ -5,9 +5,11 @@ Both keep fp32 master weights and optimizer states and compute in fp32 or bf16; 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +33,7 @@ class Engine(Protocol):
     def step(self, learning_rate_step: int, steps: int) -> float | None:
         """Update the weights (after every ``accumulate``-th backward); returns the gradient's norm before clipping."""
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+    def whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager:
         """A context within which sharded parameters are whole."""
 
     def save(self, folder: Path) -> None: ...
@@ -96,8 +98,8 @@ class PlainEngine:
                 torch._foreach_copy_(self.trained, self.masters)
         return norm
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
-        return nullcontext()
+    def whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def save(self, folder: Path) -> None:
         state = {
@@ -131,7 +133,9 @@ class DeepSpeedEngine:
         groups = parameter_groups(module, optimizer)
         built = build_optimizer(groups, optimizer)
         config = deepspeed_config(settings, optimizer, batch_size, world.size)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=built, config=config)
+        # it prints its memory use, and standard output is for results
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=built, config=config)
         self.module = self.engine.module
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
@@ -152,9 +156,9 @@ class DeepSpeedEngine:
         # stage 0 doesn't tell
         return float(norm) if norm is not None else 0.0
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+    def whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager:
         if self.settings.zero_stage < 3:
-            return nullcontext()
+            return contextlib.nullcontext()
         return self.deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
     def save(self, folder: Path) -> None:
@@ -173,10 +177,9 @@ def import_deepspeed() -> Any:
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    import logging
-
-    import deepspeed
-    import deepspeed.ops
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
+        import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # compiled at first use otherwise, for 1-6 % of speed on a CPU

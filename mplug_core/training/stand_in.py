@@ -1,7 +1,7 @@
 """Stand-ins for the photos of captions that have none: their contrastive text feature, made to look like an image's.
 
 Text and image features of a pair differ by a linear map and a residual. Both are estimated on real pairs by
-:meth:`StandIn.fit`; a stand-in is a text feature through the map plus a residual of a random pair.
+:meth:`StandIn.fit`; a stand-in is a text feature through the map plus a random residual.
 """
 
 from __future__ import annotations
@@ -10,42 +10,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mplug_core.model.mplug import Mplug
-
 
 class StandIn(nn.Module):
-    """Buffers ``matrix`` [E, E], ``offset`` [E] and ``residuals`` [R, E]."""
+    """Buffers ``matrix`` [E, E], ``offset`` [E] and ``noise`` [E, E], a factor of the residuals' covariance."""
 
     matrix: Tensor
     offset: Tensor
-    residuals: Tensor
+    noise: Tensor
 
-    def __init__(self, dim: int, residuals: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("matrix", torch.eye(dim))
         self.register_buffer("offset", torch.zeros(dim))
-        self.register_buffer("residuals", torch.zeros(residuals, dim))
+        self.register_buffer("noise", torch.zeros(dim, dim))
 
     @torch.no_grad()
-    def fit(self, text: Tensor, image: Tensor, ridge: float = 1.0) -> None:
-        """From features [R, E] of real pairs; the image's should be of a model that has not seen that pair."""
-        text, image = text.float(), image.float()
-        mean_text, mean_image = text.mean(0), image.mean(0)
-        x, y = text - mean_text, image - mean_image
-        gram = x.T @ x + ridge * torch.eye(x.shape[1])
-        matrix = torch.linalg.solve(gram, x.T @ y)
-        offset = mean_image - mean_text @ matrix
-        self.matrix, self.offset = matrix, offset
-        self.residuals = image - (text @ matrix + offset)
+    def fit(self, text: Tensor, image: Tensor, ridge: float = 1.0, folds: int = 5) -> float:
+        """From features [R, E] of real pairs, the image's by a model that has not seen the pair.
 
-    def forward(self, model: Mplug, captions: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """[B, E] features for B captions: ids and mask [M, T], ``row`` [M] says whose each is; their mean is used."""
-        with torch.no_grad():
-            encoded = model.encode_text(captions["ids"], captions["mask"])
-            features = model.text_feature(encoded, captions["mask"]).float()
-            count = int(captions["row"].max()) + 1
-            summed = features.new_zeros(count, features.shape[1]).index_add_(0, captions["row"], features)
-            mean = F.normalize(summed, dim=-1)
-            drawn = torch.randint(len(self.residuals), (count,), device="cpu", generator=generator)
-            made = mean @ self.matrix.float() + self.offset.float() + self.residuals.float()[drawn.to(mean.device)]
-            return F.normalize(made, dim=-1).to(encoded.dtype)
+        ``ridge`` is in units of the texts' mean variance. Residuals are those of pairs left out of the map's fit, or
+        the noise would be too small. Returns the share of the images' variance that the map explains on left-out pairs.
+        """
+        text, image = text.double(), image.double()
+        residual = torch.empty_like(image)
+        fold = torch.randperm(len(text), generator=torch.Generator().manual_seed(0)) % folds
+        for k in range(folds):
+            matrix, offset = ridge_map(text[fold != k], image[fold != k], ridge)
+            residual[fold == k] = image[fold == k] - text[fold == k] @ matrix - offset
+        covariance = residual.T @ residual / len(residual)
+        # a thousand pairs don't determine all correlations of hundreds of dimensions
+        covariance = 0.9 * covariance + 0.1 * torch.diag(covariance.diagonal())
+        matrix, offset = ridge_map(text, image, ridge)
+        self.matrix.copy_(matrix)
+        self.offset.copy_(offset)
+        self.noise.copy_(torch.linalg.cholesky(covariance + 1e-10 * torch.eye(len(covariance), dtype=torch.double)))
+        return float(1 - residual.square().sum() / (image - image.mean(0)).square().sum())
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Text features [B, E] to stand-ins for image features [B, E], of unit length."""
+        drawn = torch.randn(features.shape, generator=generator).to(features.device)
+        made = features.float() @ self.matrix.float() + self.offset.float() + drawn @ self.noise.float().T
+        return F.normalize(made, dim=-1).to(features.dtype)
+
+
+def ridge_map(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression of y on x: matrix and offset with ``y ~ x @ matrix + offset``."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    gram = centred.T @ centred
+    damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    matrix = torch.linalg.solve(damped, centred.T @ (y - mean_y))
+    return matrix, mean_y - mean_x @ matrix

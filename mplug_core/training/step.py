@@ -41,9 +41,13 @@ class TrainStep(nn.Module):
 
     def encode(self, batch: Batch, context: Context) -> ImageEncoding:
         """The batch's images, or what stands in for them."""
-        if batch.features is not None:
-            return self.model.encode_features(batch.features)
+        if batch.stand_in is not None:
+            return self.model.imagine(self.stand_in(batch.stand_in, context.generator))
         if batch.pixels is not None:
-            return self.model.encode_image(batch.pixels)
-        feature = self.stand_in(self.model, batch.stand_in, context.generator)
-        return self.model.imagine(feature)
+            images = self.model.encode_image(batch.pixels)
+        else:
+            images = self.model.encode_features(batch.features, batch.aligned)
+        if context.grid_dropout:
+            hidden = torch.rand(len(images), generator=context.generator) < context.grid_dropout
+            images.mask[hidden.to(images.mask.device), self.model.config.summary_tokens :] = False
+        return images

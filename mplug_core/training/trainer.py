@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from mplug_core.data.batches import Batch, Source, Steps
 from mplug_core.data.records import read_captions
@@ -26,22 +27,22 @@ from mplug_core.recipe import Recipe, StageSection, nearest
 from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
 from mplug_core.tasks.task import Context, Ready, Texts
+from mplug_core.training.alignment import Alignment
 from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine
 from mplug_core.training.features import cache_features
 from mplug_core.training.optimizer import for_stage, scheduled_lr
+from mplug_core.training.stand_in import StandIn
 from mplug_core.training.step import TrainStep
 from mplug_core.weights.folder import load_model, save_model
-from mplug_core.weights.pretrained import bert_pieces, load_bert, load_visual
+from mplug_core.weights.pretrained import bert_pieces, class_name_features, load_bert, load_visual
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Called with the kind of event (start, step, evaluation, note, end) and its figures, by the first process only."""
 
 
-def pretrain(
-    recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figures: None
-) -> Path:
+def pretrain(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figures: None) -> Path:
     """Run a recipe to its end; returns the run folder, whose ``model/`` is the trained model.
 
     ``resume``: ``auto`` continues the run folder's last checkpoint if there is one, ``never`` starts anew.
@@ -85,8 +86,9 @@ class Trainer:
         self.model = Mplug(self.config)
         self.model.set_checkpointing(recipe.engine.checkpointing)
         self._start_weights()
-        self.tasks = {**TASKS, "patches": PatchTask(self.config, self.model.visual.grid[0])}
+        self.tasks = self._all_tasks()
         self.sources = {name: self._source(name) for name in recipe.data.sources}
+        self.stand_in: StandIn | None = None
         self.progress = Progress()
         self.average: Teacher | None = None
         if recipe.run.average:
@@ -136,6 +138,9 @@ class Trainer:
             self.watch("note", {"text": load_visual(self.model, start.visual)})
         if start.text:
             self.watch("note", {"text": load_bert(self.model, start.text, self.tokenizer)})
+            if self.config.image_head is not None and self.config.image_head.classes:
+                names = class_name_features(self.config, start.text)
+                self.model.image_projection.class_names.weight.data.copy_(names.T)
 
     def _source(self, name: str) -> Source:
         section = self.recipe.data.sources[name]
@@ -153,19 +158,10 @@ class Trainer:
             return lambda drawn, rng: self.tasks[task].encode(drawn, rng, self.texts)
 
         encoders = {task: encoder(task) for task in section.tasks}
-        source = Source(name, section, records, self.config.vision, encoders, self._encode_stand_in)
+        source = Source(name, section, records, self.config.vision, encoders)
         if section.cached_views:
             source.features = cache_features(source, self.model, self.folder / "features")
         return source
-
-    def _encode_stand_in(self, drawn: Any, rng: Any) -> dict[str, torch.Tensor]:
-        """All captions of each record, and which row of the batch they belong to."""
-        texts, owners = [], []
-        for (row,), record in drawn:
-            texts += [clean_caption(caption) for caption in record.captions]
-            owners += [row] * len(record.captions)
-        ids, mask = self.texts.encode(texts)
-        return {"ids": ids, "mask": mask, "row": torch.tensor(owners)}
 
     def steps_of(self, stage: StageSection) -> int:
         """Optimizer steps of a stage: its own, else the recipe's steps or epochs."""
@@ -188,7 +184,12 @@ class Trainer:
             self.watch("note", {"text": f"resumed {checkpoint} at step {self.progress.total}"})
         self._listen()
         try:
-            for number in range(self.progress.stage, len(self.stages)):
+            for number, stage in enumerate(self.stages):
+                if stage.align is not None:
+                    # quick, and what it found is kept in the run folder: also on the way to a later stage
+                    self._align(stage)
+                if number < self.progress.stage or stage.align is not None:
+                    continue
                 self.progress.stage = number
                 self._run_stage(self.stages[number], checkpoint, restored)
                 checkpoint = restored = None
@@ -250,6 +251,22 @@ class Trainer:
         if "visual" in frozen:
             self.model.visual.eval()
 
+    def _align(self, stage: StageSection) -> None:
+        """The aligning stage; every process computes the same unless the file is there."""
+        optimizer = for_stage(self.recipe.optimizer, stage)
+        sources = [self.sources[name] for name in stage.sources or self.sources]
+        steps = stage.steps or 600
+        note = lambda text: self.watch("note", {"text": text})  # noqa: E731
+        alignment = Alignment(self.model, self.texts, sources, stage.align, optimizer, steps, self.recipe.seed, note)
+        file = self.folder / f"{stage.name}.safetensors"
+        if self.world.is_first or file.exists():
+            self.stand_in = alignment.run(file)
+        self.world.barrier()
+        if self.stand_in is None:
+            self.stand_in = alignment.run(file)
+        if self.average is not None:
+            self.average.reset(self.model)
+
     def _run_stage(self, stage: StageSection, checkpoint: Path | None, restored: dict[str, Any] | None) -> None:
         recipe = self.recipe
         objectives = stage.objectives or recipe.objectives
@@ -257,7 +274,7 @@ class Trainer:
         sources = [self.sources[name] for name in stage.sources or self.sources]
         steps = self.steps_of(stage)
         teacher, queue = self._teacher(objectives)
-        module = TrainStep(self.model, self.tasks, None)
+        module = TrainStep(self.model, self.tasks, self.stand_in)
         self._freeze(stage)
         batch_size = sum(source.section.batch_size for source in sources)
         engine = build_engine(module, recipe.engine, optimizer, self.world, batch_size)
@@ -288,16 +305,17 @@ class Trainer:
         return teacher, queue
 
     def _take_back(self, engine: Engine, module: TrainStep) -> None:
-        """A fresh fp32 model with the trained weights, free of what the engine did to the old one."""
-        state = whole_state(module.model, engine)
-        heads = {name: task for name, task in module.task_heads.items()}
+        """A fresh fp32 model and fresh heads with the trained weights, free of what the engine did to the old ones."""
+        state = whole_state(module, engine)
         self.model = Mplug(self.config)
         self.model.set_checkpointing(self.recipe.engine.checkpointing)
-        self.model.load_state_dict(state)
-        for task in heads.values():
-            with engine.whole(list(task.parameters())):
-                task.load_state_dict({k: v.detach().float().clone() for k, v in task.state_dict().items()})
-            task.float()
+        self.tasks = self._all_tasks()
+        if self.stand_in is not None:
+            self.stand_in = StandIn(self.config.embed_dim)
+        TrainStep(self.model, self.tasks, self.stand_in).load_state_dict(state)
+
+    def _all_tasks(self) -> dict[str, Any]:
+        return {**TASKS, "patches": PatchTask(self.config, self.model.visual.grid[0])}
 
     def export(self, state: dict[str, torch.Tensor]) -> None:
         """Write ``model/`` of the run folder: the average of the weights if one is kept, else the weights."""
@@ -345,7 +363,9 @@ class StageLoop:
         data = Steps(self.sources, self.recipe.seed + 7919 * self.progress.stage, self.world.rank, self.world.size)
         first, last = self.progress.step, self.steps
         loader = data.loader(first * accumulate, last * accumulate, self.recipe.data.workers)
-        self.trainer.watch("start", {"stage": self.stage.name, "step": first, "steps": last, "total": self.progress.total})
+        self.trainer.watch(
+            "start", {"stage": self.stage.name, "step": first, "steps": last, "total": self.progress.total}
+        )
         began, images = time.perf_counter(), 0
         for step in range(first, last):
             for _ in range(accumulate):
@@ -374,7 +394,9 @@ class StageLoop:
                 self._save()
                 began = time.perf_counter()
             if stopping and not ended:
-                raise Preempted(f"stopped at step {self.progress.total}, saved in {self.trainer.folder}", "run it again to go on")
+                raise Preempted(
+                    f"stopped at step {self.progress.total}, saved in {self.trainer.folder}", "run it again to go on"
+                )
 
     def _forward_backward(self, step: int, batches: list[Batch]) -> None:
         settings = self.recipe.teacher
@@ -411,9 +433,10 @@ class StageLoop:
             if not encoded:
                 with torch.no_grad(), self._autocast():
                     model = self.teacher.model
-                    encoded.append(
-                        model.encode_features(batch.features) if batch.features is not None else model.encode_image(batch.pixels)
-                    )
+                    if batch.pixels is not None:
+                        encoded.append(model.encode_image(batch.pixels))
+                    else:
+                        encoded.append(model.encode_features(batch.features, batch.aligned))
             return encoded[0]
 
         imagined = batch.stand_in is not None
@@ -424,6 +447,7 @@ class StageLoop:
             label_smoothing=self.recipe.label_smoothing,
             weights=self.objectives,
             source_weight=source.weight,
+            grid_dropout=source.grid_dropout,
             teacher=None if imagined else self.teacher,
             teacher_images=teacher_images,
             queue=self.queue,
@@ -460,7 +484,9 @@ class StageLoop:
     def _append(self, figures: dict[str, Any]) -> None:
         if self.world.is_first:
             with open(self.trainer.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
+                stream.write(
+                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n"
+                )
 
     def _evaluate(self) -> None:
         state = whole_state(self.module.model, self.engine)
@@ -484,7 +510,7 @@ class StageLoop:
         self.trainer.export(whole_state(self.module.model, self.engine))
 
 
-def whole_state(model: Mplug, engine: Engine) -> dict[str, torch.Tensor]:
+def whole_state(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
     """The model's state on the CPU in fp32, whole whatever the engine sharded."""
     with engine.whole(list(model.parameters())):
         return {
@@ -498,7 +524,9 @@ def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], folder: Path) 
 
     def flat(values: Any, path: str = "") -> dict[str, Any]:
         if isinstance(values, dict) and values:
-            return {k: v for key, value in values.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()}
+            return {
+                k: v for key, value in values.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()
+            }
         return {path: values}
 
     before, after = flat(old), flat(new)

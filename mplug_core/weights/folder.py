@@ -68,7 +68,9 @@ def save_model(
         beside.chmod(0o755)
         replace_folder(beside, folder)
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}", "check the disk and its space") from error
+        raise CheckpointError(
+            f"cannot write {folder}: {error.strerror or error}", "check the disk and its space"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -114,14 +116,18 @@ def load_model(
     config = MplugConfig.load(folder / "config.json")
     tokenizer = Tokenizer.load(folder / "vocab.txt")
     if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json")
+        raise CheckpointError(
+            f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
+        )
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again") from error
+        raise CheckpointError(
+            f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again"
+        ) from error
     with torch.device("meta"):
         model = Mplug(config)
     skipped = tuple(f"{part}." for part in without)

@@ -34,8 +34,11 @@ class Conversion:
 
     def require(self, *parts: str) -> None:
         """CheckpointError unless every one of ``parts`` is complete."""
-        gaps = [f"{part} ({self.missing[part][0]}{', ...' if len(self.missing[part]) > 1 else ''})" for part in parts
-                if self.missing.get(part)]
+        gaps = [
+            f"{part} ({self.missing[part][0]}{', ...' if len(self.missing[part]) > 1 else ''})"
+            for part in parts
+            if self.missing.get(part)
+        ]
         if gaps:
             raise CheckpointError(f"the checkpoint lacks {', '.join(gaps)}", "take a checkpoint of the task at hand")
 
@@ -72,12 +75,12 @@ BERT_LAYER = {
     "output.LayerNorm": "feed_forward_norm",
 }  # fmt: skip
 HEADS = {
-    "vision_proj": "image_projection.0", "text_proj": "text_projection", "itm_head": "matching_head",
+    "vision_proj": "image_projection", "text_proj": "text_projection", "itm_head": "matching_head",
     "visn_fc": "visual_projection.0", "visn_layer_norm": "visual_projection.1",
 }  # fmt: skip
 
 
-class _Account:
+class Account:
     """Takes tensors out of a checkpoint and remembers what became of each."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -150,11 +153,16 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
         raise CheckpointError(f"no tensor {error.args[0]} in this checkpoint", "is it a released mPLUG?") from None
     vision_width, depth = patch[0], len(layer_numbers(tensors, f"{visual}transformer.resblocks"))
     width = words.shape[1]
-    encoder = next(p for p in ("text_encoder", "text_decoder.bert") if f"{p}.embeddings.word_embeddings.weight" in tensors)
+    encoder = next(
+        p for p in ("text_encoder", "text_decoder.bert") if f"{p}.embeddings.word_embeddings.weight" in tensors
+    )
     first = layer_numbers(tensors, f"{encoder}.encoder.layer")[0]
     fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")
     fusion_count = bert.get("fusion_layers") or len(fusion) // 2
-    known = {(768, 12, 16): "vit_base_patch16_clip_quickgelu_224", (1024, 24, 14): "vit_large_patch14_clip_quickgelu_224"}
+    known = {
+        (768, 12, 16): "vit_base_patch16_clip_quickgelu_224",
+        (1024, 24, 14): "vit_large_patch14_clip_quickgelu_224",
+    }
     backbone = known.get((vision_width, depth, patch[-1]))
     options: dict[str, Any] = {}
     if backbone is None:
@@ -166,7 +174,9 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
         "width": width,
         "heads": bert.get("num_attention_heads") or max(1, width // 64),
         "intermediate": tensors[f"{encoder}.encoder.layer.{first}.intermediate.dense.weight"].shape[0],
-        "text_layers": bert.get("text_encoder_layers") or len(layer_numbers(tensors, "text_encoder.encoder.layer")) or 6,
+        "text_layers": bert.get("text_encoder_layers")
+        or len(layer_numbers(tensors, "text_encoder.encoder.layer"))
+        or 6,
         "fusion": "skip" if fusion else "none",
         "fusion_layers": fusion_count,
         "stride": bert.get("stride_layer") or (6 if vision_width == 1024 else 3),
@@ -187,7 +197,7 @@ def convert(
     """Released tensors to ours. ``image_size`` in pixels resizes the position embedding."""
     tensors = unwrap(checkpoint)
     config = read_config(tensors, bert)
-    account = _Account(tensors)
+    account = Account(tensors)
     _take_visual(account, tensors, config, image_size)
     if image_size is not None:
         config = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
@@ -195,7 +205,9 @@ def convert(
     account.embeddings("text_encoder.embeddings", "text.embeddings")
     for k in range(config.text_layers):
         account.bert_layer(f"text_encoder.encoder.layer.{k}", f"text.layers.{k}", cross=False)
-    fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")[-config.fusion_layers :] if config.fusion_layers else []
+    fusion = (
+        layer_numbers(tensors, "fusion_encoder.encoder.layer")[-config.fusion_layers :] if config.fusion_layers else []
+    )
     for k, number in enumerate(fusion):
         connected = k in config.connected_layers
         target = f"fusion.layers.{k}.{'joint' if connected else 'text'}"
@@ -218,7 +230,7 @@ def convert(
     return Conversion(config, account.state, account.used, dropped, missing)
 
 
-def _take_visual(account: _Account, tensors: dict[str, Tensor], config: MplugConfig, image_size: int | None) -> None:
+def _take_visual(account: Account, tensors: dict[str, Tensor], config: MplugConfig, image_size: int | None) -> None:
     theirs, ours = "visual_encoder.visual.", "visual.backbone."
     positions = tensors[f"{theirs}positional_embedding"]
     if image_size is not None:

