@@ -18,7 +18,8 @@ from mplug_core.model.decoder import Decoder
 
 
 class Decoding(BaseModel):
-    """How to generate. Lengths count new tokens, the end token included.
+    """How to generate. Lengths count new tokens: at least ``min_tokens`` before the end token, at most ``max_tokens``
+    with it.
 
     ``strategy`` *beam* keeps the ``beams`` best live prefixes and a pool of finished ones until no live one can still
     win. *released* is the beam search of the authors' released code: a finished beam stays in the race as if it went
@@ -42,7 +43,7 @@ class Decoding(BaseModel):
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A generated sequence: new token ids (with the end token, if it was reached), score, and mean log-probability."""
+    """A generated sequence: new token ids (with the end token, if it was reached), score, and log-probability."""
 
     ids: list[int]
     score: float
@@ -69,20 +70,30 @@ def generate(
 ) -> list[list[Hypothesis]]:
     """The ``decoding.best`` hypotheses of each row of ``memory`` [B, N, W] (mask [B, N]), best first.
 
-    ``prompt`` are ids between the start token and the generated ones; ``forbidden`` ids are never generated.
+    Samples are independent draws, so that some may be equal; of a beam search all are distinct, and those that reached
+    no end come last. ``prompt`` are ids between the start token and the generated ones; ``forbidden`` ids are never
+    generated. ValueError for a prompt that fills the decoder's table of positions.
     """
     first = [start, *(prompt or [])]
-    room = decoder.embeddings.positions.num_embeddings - len(first)
+    positions = decoder.embeddings.positions.num_embeddings
+    room = positions - len(first)
+    if room < 1:
+        raise ValueError(f"a prompt of {len(first)} tokens leaves nothing of the decoder's {positions} positions")
     state = _Search(decoder, memory, memory_mask, decoding, first, end, forbidden or [], min(decoding.max_tokens, room))
     if decoding.strategy == "released":
         found = _released_beam(state)
-    elif decoding.strategy == "beam":
+    elif decoding.strategy == "beam" and decoding.beams > 1:
         found = _beam(state)
-    elif decoding.strategy == "greedy":
+    elif decoding.strategy in ("greedy", "beam"):  # a single beam that stops at its end is greedy
         found = _step_by_step(state, 1, lambda logp: logp.argmax(-1))
     else:
         found = _step_by_step(state, decoding.best, lambda logp: _nucleus(logp, decoding, generator))
-    return [sorted(hypotheses, key=lambda h: -h.score)[: decoding.best] for hypotheses in found]
+
+    def rank(hypothesis: Hypothesis) -> tuple[bool, float]:
+        # of the standard search a text without an end is no answer where there is one with it
+        return decoding.strategy == "beam" and hypothesis.ids[-1] != end, -hypothesis.score
+
+    return [sorted(hypotheses, key=rank)[: decoding.best] for hypotheses in found]
 
 
 class _Search:

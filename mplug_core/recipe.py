@@ -56,14 +56,13 @@ class ClassifierSection(Section):
 
 
 class ImageHeadSection(Section):
-    """Contrastive head of the image side for a frozen backbone and few photos: whitened inputs, one hidden layer.
+    """Contrastive head of the image side for a frozen backbone and few photos: one hidden layer, much dropout.
 
     ``classes`` keeps the backbone's classifier: the mean feature of the names of the classes that it sees is an input.
     """
 
     classes: NonNegative = 0
-    whiten: Positive = 512
-    hidden: Positive = 1024
+    hidden: Positive = 1280
     input_dropout: Fraction = 0.3
     dropout: Fraction = 0.5
 
@@ -125,10 +124,19 @@ class SourceSection(Section):
     cached_views: NonNegative = Field(0, description="views per image whose visual features are computed once")
 
 
+class ScenesSection(Section):
+    """Generated scenes, rendered before the run starts if they are not there."""
+
+    n: Positive
+    seed: int = 0
+    size: Positive = 96
+
+
 class DataSection(Section):
-    """Where records come from. ``{root}`` in a path stands for ``root``."""
+    """Where records come from. ``{root}`` in a path stands for ``root``, ``{run}`` for the run's folder."""
 
     root: str = "."
+    scenes: ScenesSection | None = Field(None, description="rendered into {run}/scenes")
     sources: dict[str, SourceSection] = Field(default_factory=dict)
     vocabulary: str = Field("bert", description="'bert' (bert-base-uncased), 'data' (built from the records) or a file")
     vocabulary_min_count: Positive = Field(1, description="rarer pieces are spelled in characters")
@@ -171,15 +179,15 @@ class OptimizerSection(Section):
 class AlignSection(Section):
     """Trains the image side's contrastive head alone, on features computed once, against a frozen text side.
 
-    With ``folds`` it is first trained that many times, each time without a part of the photos, whose features then
-    come from a head that has not seen them; stand-ins for photos of captions without any are fitted on these.
+    ``folds`` members are trained, each without a part of the photos, whose features then come from a head that has not
+    seen them; together the members are the head. Stand-ins for photos of captions without any are fitted on these.
     """
 
     folds: Annotated[int, Field(ge=2)] = 5
     batch_size: Positive = 256
     pool: NonNegative = Field(2048, description="further captions of the mix as negatives in each step")
-    temperature: float = Field(0.06, gt=0)
-    cosine: float = Field(5.0, ge=0, description="weight of 1 - cosine to the mean feature of the image's captions")
+    temperature: float = Field(0.1, gt=0)
+    cosine: float = Field(10.0, ge=0, description="weight of 1 - cosine to the mean feature of the image's captions")
     views: Positive = Field(2, description="views of a photo that are mixed at random")
     ridge: float = Field(1.0, gt=0, description="of the stand-ins' linear map, times the mean variance")
 

@@ -93,22 +93,31 @@ class Classifier(nn.Module):
 class ImageHead(nn.Module):
     """Contrastive head for a frozen convolutional backbone and few photos.
 
-    Pooled features and, with a classifier, the expected feature of the class names, are whitened by fixed matrices
-    (fitted once, :meth:`fit`), so that one hidden layer learns from a thousand photos.
+    Pooled features and, with a classifier, the expected feature of the class names, are standardised by fixed numbers
+    (:meth:`fit`); one hidden layer with much dropout learns from a thousand photos. Heads trained on different parts of
+    the photos join to one (:meth:`join`).
     """
+
+    CLASS_WEIGHT = 0.7
+    """Root mean square of the class-name inputs against that of the pooled ones."""
 
     def __init__(self, head: ImageHeadSection, pooled: int, outputs: int) -> None:
         super().__init__()
+        self.settings, self.outputs = head, outputs
         self.class_names = nn.Linear(head.classes, outputs, bias=False) if head.classes else None
-        inputs = pooled + (outputs if head.classes else 0)
-        self.register_buffer("centre", torch.zeros(inputs))
-        self.register_buffer("whiten", torch.zeros(inputs, head.whiten))
-        self.layers = nn.Sequential(
-            nn.Dropout(head.input_dropout),
-            nn.Linear(head.whiten, head.hidden),
+        self.blocks = [pooled // 2, pooled // 2] + ([outputs] if head.classes else [])
+        self.register_buffer("centre", torch.zeros(sum(self.blocks)))
+        self.register_buffer("scale", torch.ones(sum(self.blocks)))
+        self.layers = self.new_layers(head.hidden)
+
+    def new_layers(self, hidden: int) -> nn.Sequential:
+        """Untrained layers with ``hidden`` units."""
+        return nn.Sequential(
+            nn.Dropout(self.settings.input_dropout),
+            nn.Linear(sum(self.blocks), hidden),
             nn.GELU(),
-            nn.Dropout(head.dropout),
-            nn.Linear(head.hidden, outputs),
+            nn.Dropout(self.settings.dropout),
+            nn.Linear(hidden, self.outputs),
         )
 
     def gather(self, pooled: Tensor, probabilities: Tensor | None) -> Tensor:
@@ -118,32 +127,31 @@ class ImageHead(nn.Module):
         return torch.cat([pooled, self.class_names(probabilities)], -1)
 
     @torch.no_grad()
-    def fit(self, inputs: Tensor, blocks: list[int], weights: list[float]) -> None:
-        """Whitening from raw inputs [R, P]: each block scaled to unit mean square times its weight, then PCA."""
-        inputs = inputs.float()
-        scale = torch.cat(
-            [
-                w / part.square().mean().sqrt().expand(part.shape[1])
-                for part, w in zip(inputs.split(blocks, 1), weights, strict=True)
-            ]
-        )
+    def fit(self, inputs: Tensor) -> None:
+        """Centre and scale from raw inputs [R, P]: mean (average), maximum and class names count as one block each."""
         centre = inputs.mean(0)
-        centred = (inputs - centre) * scale
-        _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
-        kept = self.whiten.shape[1]
-        spread = (singular[:kept] / len(inputs) ** 0.5).clamp(min=1e-4)
-        matrix = torch.zeros_like(self.whiten, dtype=torch.float32)
-        matrix[:, : len(spread)] = scale[:, None] * directions[:kept].T / spread
+        weights = (1.0, 1.0, self.CLASS_WEIGHT)
+        scales = [
+            (weight / block.square().mean().sqrt()).expand(block.shape[1])
+            for weight, block in zip(weights, (inputs - centre).split(self.blocks, 1), strict=False)
+        ]
         self.centre.copy_(centre)
-        self.whiten.copy_(matrix)
+        self.scale.copy_(torch.cat(scales))
+
+    def standardise(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.centre) * self.scale
+
+    @torch.no_grad()
+    def join(self, members: list[nn.Sequential]) -> None:
+        """The mean of the members' outputs, as one network whose hidden layer is all of theirs."""
+        self.layers[1].weight.copy_(torch.cat([m[1].weight for m in members]))
+        self.layers[1].bias.copy_(torch.cat([m[1].bias for m in members]))
+        self.layers[4].weight.copy_(torch.cat([m[4].weight for m in members], 1) / len(members))
+        self.layers[4].bias.copy_(torch.stack([m[4].bias for m in members]).mean(0))
 
     def forward(self, pooled: Tensor, probabilities: Tensor | None = None) -> Tensor:
         """[B, P] to [B, E], not normalised."""
-        return self.project(self.gather(pooled, probabilities))
-
-    def project(self, inputs: Tensor) -> Tensor:
-        """From raw inputs."""
-        return self.layers((inputs - self.centre) @ self.whiten)
+        return self.layers(self.standardise(self.gather(pooled, probabilities)))
 
 
 class Mplug(nn.Module):
@@ -172,7 +180,8 @@ class Mplug(nn.Module):
         self.text = TextEncoder(config)
         self.text_projection = nn.Linear(width, embed)
         self.fusion = Fusion(config)
-        self.matching_head = nn.Linear(width, 2)
+        # a dual encoder has nothing fused to match by
+        self.matching_head = nn.Linear(width, 2) if config.fusion != "none" else None
         self.masked_head = LanguageHead(config)
         self.decoder = Decoder(config) if config.decoder_layers else None
         self.classifiers = nn.ModuleDict(

@@ -67,7 +67,9 @@ class VisualEncoder(nn.Module):
         else:
             with torch.no_grad():
                 try:
-                    probe = self.backbone.eval().forward_features(torch.zeros(1, 3, vision.image_size, vision.image_size))
+                    probe = self.backbone.eval().forward_features(
+                        torch.zeros(1, 3, vision.image_size, vision.image_size)
+                    )
                 except (RuntimeError, AssertionError) as error:
                     reason = f"{vision.backbone} takes no images of {vision.image_size} pixels: {error}"
                     raise CheckpointError(reason, "correct model.vision") from error

@@ -7,7 +7,6 @@ without them, and the map and noise of stand-ins (:class:`~mplug_core.training.s
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -41,7 +40,12 @@ class Alignment:
         self.photos = [source for source in sources if source.features is not None]
         self.captions = [source for source in sources if source.section.text_only]
         self.seed, self.note = seed, note
-        if model.config.image_head is None or not self.photos:
+        head = model.config.image_head
+        if head is not None and head.hidden % settings.folds:
+            raise RecipeError(
+                f"model.image_head.hidden {head.hidden} is not a multiple of align.folds {settings.folds}"
+            )
+        if head is None or not self.photos:
             raise RecipeError("an align stage needs model.image_head and sources with cached_views")
 
     def run(self, file: Path) -> StandIn:
@@ -117,31 +121,30 @@ class Alignment:
         count = max(source.section.cached_views for source in self.photos)
         inputs = torch.cat([self._inputs(s)[torch.arange(count) % s.section.cached_views] for s in self.photos], 1)
         head = self.model.image_projection
-        width = self.model.visual.width
-        blocks = [width, width] + ([inputs.shape[-1] - 2 * width] if head.class_names is not None else [])
-        head.fit(inputs[: min(count, 3)].flatten(0, 1), blocks, [1.0, 1.0, 0.7][: len(blocks)])
-        with torch.no_grad():
-            whitened = (inputs - head.centre) @ head.whiten
+        head.fit(inputs[0])
+        inputs = head.standardise(inputs)
 
         rng = random.Random(self.seed)
-        fold = [rng.randrange(self.settings.folds) for _ in captions]
+        folds = self.settings.folds
+        fold = [rng.randrange(folds) for _ in captions]
         left_out = torch.zeros(count, len(captions), self.model.config.embed_dim)
-        for k in range(self.settings.folds):
+        members = []
+        for k in range(folds):
             seen = [i for i, f in enumerate(fold) if f != k]
             unseen = [i for i, f in enumerate(fold) if f == k]
-            trained = self._train(copy.deepcopy(head), whitened, of_image, seen, pool, k)
+            members.append(self._train(head.new_layers(head.settings.hidden // folds), inputs, of_image, seen, pool, k))
             with torch.no_grad():
-                left_out[:, unseen] = F.normalize(trained.layers(whitened[:, unseen]), dim=-1)
+                left_out[:, unseen] = F.normalize(members[-1](inputs[:, unseen]), dim=-1)
             mean = torch.stack([F.normalize(of_image[i].mean(0), dim=-1) for i in unseen])
             cosine = (F.normalize(left_out[:, unseen].mean(0), dim=-1) * mean).sum(-1).mean()
-            self.note(f"align: fold {k + 1} of {self.settings.folds}, cosine on photos left out {cosine:.3f}")
-        final = self._train(head, whitened, of_image, list(range(len(captions))), pool, self.settings.folds)
+            self.note(f"align: fold {k + 1} of {folds}, cosine on photos left out {cosine:.3f}")
+        head.join(members)
 
         stand_in = StandIn(self.model.config.embed_dim)
         mean = torch.stack([F.normalize(features.mean(0), dim=-1) for features in of_image])
         explained = stand_in.fit(mean, F.normalize(left_out.mean(0), dim=-1), self.settings.ridge)
         self.note(f"align: the texts' linear map explains {explained:.2f} of the photos' variance")
-        state = {f"head.{name}": t.float().contiguous() for name, t in final.state_dict().items()}
+        state = {f"head.{name}": t.float().contiguous() for name, t in head.state_dict().items()}
         state |= {f"stand_in.{name}": t.float().contiguous() for name, t in stand_in.state_dict().items()} | text_only
         start = 0
         for source in self.photos:
@@ -151,19 +154,25 @@ class Alignment:
         return state
 
     def _train(
-        self, head: torch.nn.Module, inputs: Tensor, of_image: list[Tensor], seen: list[int], pool: Tensor, fold: int
-    ) -> torch.nn.Module:
-        """Train the head's layers on whitened ``inputs`` [views, images, K] of the images ``seen``."""
+        self,
+        layers: torch.nn.Sequential,
+        inputs: Tensor,
+        of_image: list[Tensor],
+        seen: list[int],
+        pool: Tensor,
+        fold: int,
+    ) -> torch.nn.Sequential:
+        """Train a member's ``layers`` on standardised ``inputs`` [views, images, P] of the images ``seen``."""
         settings = self.settings
         generator = torch.Generator().manual_seed(self.seed * 100 + fold)
         torch.manual_seed(self.seed * 100 + fold)
         every = torch.cat([of_image[i] for i in seen])
         with torch.no_grad():
-            head.layers[-1].weight.mul_(0.3)
-            head.layers[-1].bias.copy_(every.mean(0))
-        head.layers.train().requires_grad_(True)
+            layers[-1].weight.mul_(0.3)
+            layers[-1].bias.copy_(every.mean(0))
+        layers.train().requires_grad_(True)
         optimizer = torch.optim.AdamW(
-            head.layers.parameters(),
+            layers.parameters(),
             lr=self.optimizer.lr,
             weight_decay=self.optimizer.weight_decay,
             betas=self.optimizer.betas,
@@ -183,7 +192,7 @@ class Alignment:
                 [of_image[i][torch.randint(len(of_image[i]), (1,), generator=generator)[0]] for i in chosen.tolist()]
             )
             with torch.autocast("cpu", torch.bfloat16):
-                feature = head.layers(x)
+                feature = layers(x)
             feature = F.normalize(feature.float(), dim=-1)
             loss = contrastive_loss(feature, text, settings.temperature, chosen).loss
             if settings.pool:
@@ -198,4 +207,4 @@ class Alignment:
             optimizer.step()
         if not math.isfinite(float(loss)):
             raise RecipeError("the align stage diverged", "lower its lr")
-        return head.eval().requires_grad_(False)
+        return layers.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mplug_core.data.batches import Batch, Source, Steps
 from mplug_core.data.records import read_captions
+from mplug_core.data.scenes import write_scenes
 from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption
 from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
 from mplug_core.model.config import MplugConfig
@@ -75,6 +76,7 @@ class Trainer:
             torch.set_num_threads(recipe.engine.threads)
         torch.set_flush_denormal(True)
         torch.manual_seed(recipe.seed)
+        self._render_scenes()
         self.stages = recipe.stages or [StageSection(name="train")]
         self.tokenizer = self._tokenizer()
         config = recipe.model.model_dump() | {
@@ -97,7 +99,17 @@ class Trainer:
     # -- preparation -------------------------------------------------------------------------------------------------
 
     def _path(self, path: str) -> str:
-        return os.path.expanduser(path.replace("{root}", self.recipe.data.root))
+        return os.path.expanduser(path.replace("{root}", self.recipe.data.root).replace("{run}", str(self.folder)))
+
+    def _render_scenes(self) -> None:
+        scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
+        if scenes is None or folder.exists():
+            return
+        if self.world.is_first:
+            self.watch("note", {"text": f"rendering {scenes.n} scenes"})
+            write_scenes(folder, scenes.n, scenes.seed, scenes.size)
+        while not folder.exists():  # the other processes are not yet connected
+            time.sleep(1)
 
     def _tokenizer(self) -> Tokenizer:
         kept = self.folder / "vocab.txt"

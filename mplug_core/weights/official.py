@@ -43,15 +43,22 @@ class Conversion:
             raise CheckpointError(f"the checkpoint lacks {', '.join(gaps)}", "take a checkpoint of the task at hand")
 
 
+WRAPPERS = ("model", "module", "state_dict")
+"""Keys under which a checkpoint may keep its tensors, also one inside another."""
+
+
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint with clean, canonical released names."""
-    for wrapper in ("model", "module", "state_dict"):
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-    tensors = {}
+    while inner := next((w for w in WRAPPERS if isinstance(checkpoint.get(w), Mapping)), None):
+        checkpoint = checkpoint[inner]
+    tensors: dict[str, Tensor] = {}
     for name, value in checkpoint.items():
-        if isinstance(value, Tensor):
-            tensors[canonical(name)] = value
+        if not isinstance(value, Tensor):
+            continue
+        clean = canonical(str(name))
+        if clean in tensors and not torch.equal(tensors[clean], value):
+            raise CheckpointError(f"two different tensors of this checkpoint are {clean}", "is it a mix of two models?")
+        tensors[clean] = value
     if not tensors:
         raise CheckpointError("there are no tensors in this checkpoint", "give a released mPLUG checkpoint")
     return tensors
@@ -158,7 +165,8 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
     )
     first = layer_numbers(tensors, f"{encoder}.encoder.layer")[0]
     fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")
-    fusion_count = bert.get("fusion_layers") or len(fusion) // 2
+    # the layers that run are the last half of a BERT, of which a file may hold only those
+    fusion_count = bert.get("fusion_layers") or (fusion[-1] + 1) // 2 if fusion else 0
     known = {
         (768, 12, 16): "vit_base_patch16_clip_quickgelu_224",
         (1024, 24, 14): "vit_large_patch14_clip_quickgelu_224",
@@ -222,7 +230,8 @@ def convert(
         "fusion_encoder.cls.predictions", "masked_head", "fusion_encoder.embeddings.word_embeddings.weight"
     )
     for theirs, ours in HEADS.items():
-        account.take_both(theirs, ours)
+        if ours != "matching_head" or config.fusion != "none":
+            account.take_both(theirs, ours)
     if "temp" in tensors:
         account.take("temp", "temperature", tensors["temp"].reshape(1))
     dropped = {name: reason_to_drop(name, fusion) for name in tensors if name not in account.used}
