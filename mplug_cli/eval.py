@@ -83,7 +83,7 @@ def evaluate(
     except torch.cuda.OutOfMemoryError as error:
         raise MplugError("the GPU's memory does not suffice", f"--batch-size is {batch_size}", "memory") from error
     if result.skipped:
-        show.note(f"{result.skipped} records could not be used (mplug data inspect {data} names them)", quiet)
+        show.note(f"{result.skipped} records could not be used: image missing or damaged, or entry broken", quiet)
     if out is not None:
         with out:
             out.writelines(json_line(prediction) + "\n" for prediction in result.predictions)

@@ -6,6 +6,7 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import types
@@ -29,7 +30,12 @@ TASKS = ("pretrain", "caption", "vqa", "grounding", "statements", "entailment", 
 
 Tower = Literal["visual", "text", "fusion", "decoder"]
 Objective = Literal["itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"]
+EvaluatedName = Literal["caption", "vqa", "retrieval", "grounding", "statements", "entailment"]
 TaskName = Literal["pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches"]
+
+
+CLASSES = {"statement": (2, ("false", "true")), "entailment": (1, ("entailment", "neutral", "contradiction"))}
+"""Of each objective that chooses a label: how many images it looks at, and the labels."""
 
 
 class Section(BaseModel):
@@ -103,6 +109,20 @@ class ModelSection(Section):
         if self.decoder_width and self.decoder_width % (self.width // self.heads):
             raise ValueError(f"decoder_width {self.decoder_width} is not a multiple of {self.width // self.heads}")
         return self
+
+    def lacks_for(self, objective: str) -> str | None:
+        """What the model would need for an objective and doesn't have."""
+        if objective in ("prefix_lm", "caption", "answer", "box") and not self.decoder_layers:
+            return "model.decoder_layers"
+        if objective == "box" and not self.box_bins:
+            return "model.box_bins"
+        if objective in CLASSES:
+            images, labels = CLASSES[objective]
+            head = self.classifiers.get(objective)
+            if head is None or (head.images, tuple(head.labels)) != (images, labels):
+                shown = ", ".join(f'"{label}"' if label in ("true", "false") else label for label in labels)
+                return f"model.classifiers.{objective}: {{images: {images}, labels: [{shown}]}}"
+        return None
 
 
 class SourceSection(Section):
@@ -242,7 +262,7 @@ class EvaluateSection(Section):
     path: str
     split: str | None = None
     format: str | None = None
-    tasks: list[TaskName | Literal["retrieval"]]
+    tasks: list[EvaluatedName]
     limit: Positive | None = None
 
 
@@ -270,12 +290,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> Recipe:
-        for stage in self.stages:
-            for source in stage.sources or []:
-                if source not in self.data.sources:
-                    raise ValueError(
-                        f"stages: {stage.name}: no source {source!r} in data.sources{nearest(source, self.data.sources)}"
-                    )
+        faults = [
+            f"stages: {stage.name}: no source {source!r} in data.sources{nearest(source, self.data.sources)}"
+            for stage in self.stages
+            for source in stage.sources or []
+            if source not in self.data.sources
+        ]
+        mixes = [self.objectives, *(stage.objectives or {} for stage in self.stages)]
+        for objective in dict.fromkeys(name for mix in mixes for name, weight in mix.items() if weight > 0):
+            lack = self.model.lacks_for(objective)
+            if lack:
+                faults.append(f"objectives: {objective} needs {lack}")
+        for name, source in self.data.sources.items():
+            if source.text_only and not self.model.summary_tokens:
+                faults.append(f"data.sources.{name}: text_only needs model.summary_tokens")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
 
@@ -301,6 +331,8 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid on ``base``, section by section."""
     merged = dict(base)
+    if "backbone" in over and over["backbone"] != base.get("backbone"):
+        merged.pop("options", None)
     for key, value in over.items():
         known = merged.get(key)
         # options belong to one backbone: they are replaced, not mixed with another's
@@ -348,13 +380,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def parse_scalar(text: str) -> Any:
     """A YAML value; numbers like 1e-4, which YAML 1.1 reads as text, are numbers."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return yaml.load(text, Loader=_Loader)
 
 
 def apply_overrides(values: dict[str, Any], overrides: typing.Iterable[str]) -> list[str]:
@@ -433,7 +459,7 @@ _Loader.add_implicit_resolver(
 
 def check_recipe(values: dict[str, Any], overrides: typing.Iterable[str] = (), name: str = "recipe") -> Recipe:
     """Validate raw values with overrides laid on."""
-    values = merge({}, values)
+    values = copy.deepcopy(values)
     faults = apply_overrides(values, overrides)
     model = values.get("model")
     if isinstance(model, dict) and model.get("size") is not None:
@@ -457,6 +483,9 @@ def describe(fault: dict[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         section = section_at(fault["loc"][:-1])
         return f"{where}: unknown key{nearest(str(fault['loc'][-1]), section.model_fields) if section else ''}"
+    if fault["loc"] and fault["loc"][-1] == "[key]":
+        known = re.findall(r"'([^']+)'", str(fault.get("ctx", {}).get("expected", "")))
+        return f"{where.removesuffix('.[key]')}: unknown key{nearest(str(fault['loc'][-2]), known)}"
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
@@ -466,12 +495,25 @@ def describe(fault: dict[str, Any]) -> str:
 def section_at(path: tuple[Any, ...]) -> type[Section] | None:
     """The section class at a path of keys."""
     section: Any = Recipe
+    inside = False
     for part in path:
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            field = section.model_fields.get(part)
-            section = inner_section(field.annotation) if field else None
-        # a key of a mapping or an index of a list: the section stays that of the items
-    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+        if inside:  # a key of a mapping or an index of a list: the section stays that of the items
+            inside = False
+            continue
+        field = section.model_fields.get(part)
+        section = inner_section(field.annotation) if field else None
+        if section is None:
+            return None
+        inside = holds_items(field.annotation)
+    return section
+
+
+def holds_items(annotation: Any) -> bool:
+    """Whether an annotation is a list or mapping, perhaps an optional one."""
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType, Annotated):
+        return any(holds_items(argument) for argument in typing.get_args(annotation))
+    return origin in (list, dict)
 
 
 def inner_section(annotation: Any) -> Any:

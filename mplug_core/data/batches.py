@@ -107,7 +107,7 @@ class Source:
         self.images: list[Path | None] = [None if section.text_only else Path(key) for key in numbers]
         self.groups = image_groups(len(numbers), links)
         if not self.groups:
-            raise DataError(f"source {name}: no records", "see mplug data inspect")
+            raise DataError(f"source {name}: no records")
         self.per_group = max(len(group) for group in self.groups)
 
     def groups_per_batch(self) -> int:

@@ -25,7 +25,7 @@ class Evaluation:
         self.skipped: list[str] = []
         self.seconds = 0.0
         if not self.records:
-            raise DataError("nothing to evaluate: no records", "see mplug data inspect")
+            raise DataError("nothing to evaluate: no records")
         vision = ready.config.vision
         self.transform = eval_transform(vision.image_size, vision.mean, vision.std)
 

@@ -14,10 +14,11 @@ from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.records import Records, read_entailments, read_statements
 from mplug_core.data.text import clean_caption
 from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.recipe import CLASSES
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.task import Context, Ready, Result, Texts, rows
 
-LABELS = {"statement": ("false", "true"), "entailment": ("entailment", "neutral", "contradiction")}
+LABELS = {name: labels for name, (_, labels) in CLASSES.items()}
 
 
 class ClassificationTask:

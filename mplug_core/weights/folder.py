@@ -52,27 +52,29 @@ def save_model(
 ) -> None:
     """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype``."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    beside: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         tensors = model.state_dict() if state is None else state
         stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
         save_file(stored, beside / "model.safetensors", metadata={"format": "pt"})
         model.config.save(beside / "config.json")
         tokenizer.save(beside / "vocab.txt")
         if recipe is not None:
-            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+            # what was set, also to a default: left out, the named size would take its place when read again
+            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
             (beside / "recipe.yaml").write_text(text, encoding="utf-8")
         if card is not None:
             (beside / "README.md").write_text(card, encoding="utf-8")
         beside.chmod(0o755)
         replace_folder(beside, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder}: {error.strerror or error}", "check the disk and its space"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {folder}: {reason}", "check the disk and its space") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -82,8 +84,12 @@ def replace_folder(new: Path, folder: Path) -> None:
         return
     old = new.with_name(new.name + ".old")
     os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_model(spec: str | None) -> Path:
@@ -141,4 +147,16 @@ def load_model(
     if missing or fit.unexpected_keys:
         gaps = f"lacks {missing[0]}" if missing else f"has an unknown tensor {fit.unexpected_keys[0]}"
         raise CheckpointError(f"{folder}/model.safetensors {gaps}", "config.json and weights are of different models")
+    fill_buffers(model, skipped)
     return Loaded(model.eval().requires_grad_(False), tokenizer, folder.name, folder)
+
+
+def fill_buffers(model: Mplug, skipped: tuple[str, ...] = ()) -> None:
+    """Give a model that was built on the meta device the buffers that no file holds, such as window masks."""
+    hollow = [name for name, buffer in model.named_buffers() if buffer.is_meta and not name.startswith(skipped or "\0")]
+    if not hollow:
+        return
+    computed = dict(Mplug(model.config).named_buffers())
+    for name in hollow:
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = computed[name].to(model.temperature.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 from pathlib import Path
 
 import torch
@@ -52,23 +53,36 @@ def load_visual(model: Mplug, name: str) -> str:
 
         config = model.config.vision
         try:
-            source = timm.create_model(config.backbone, pretrained=True, num_classes=0, **config.options)
+            classes = backbone.num_classes
+            source = timm.create_model(config.backbone, pretrained=True, num_classes=classes, **config.options)
         except Exception as error:
             raise CheckpointError(
                 f"cannot download the weights of {config.backbone}: {type(error).__name__}", "give start.visual a file"
             ) from error
-        backbone.load_state_dict(source.state_dict(), strict=False)
+        state = source.state_dict()
+        if model.visual.is_transformer:
+            # timm's are for its own image size
+            prefix = backbone.num_prefix_tokens if len(state["pos_embed"][0]) > source.patch_embed.num_patches else 0
+            state["pos_embed"] = resize_positions(state["pos_embed"][0], model.visual.grid, prefix)[None]
+        backbone.load_state_dict(state)
         return f"visual: timm's weights of {config.backbone}"
     file = find_part(name)
-    state = (
-        load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, map_location="cpu")
-    )
+    try:
+        state = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, weights_only=True, map_location="cpu")
+        )
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {file}: {str(error).splitlines()[0]}", "give a file of tensors") from error
     ours = backbone.state_dict()
     if set(ours) <= set(state):
         chosen = {key: state[key] for key in ours}
     else:
         # the classifier comes last and is not built
         chosen = dict(zip(ours, state.values(), strict=False))
+    if len(chosen) < len(ours):
+        raise CheckpointError(f"{file} has {len(chosen)} tensors, {model.config.vision.backbone} has {len(ours)}")
     for key, value in chosen.items():
         if value.shape != ours[key].shape:
             raise CheckpointError(
@@ -85,8 +99,11 @@ def read_bert(config: MplugConfig, name: str, tokenizer: Tokenizer, initial: Ten
     such as box tokens, keep their rows of ``initial`` [V, W].
     """
     folder = find_part(name)
-    tensors = {key.removeprefix("bert."): value for key, value in load_file(folder / "model.safetensors").items()}
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        tensors = {key.removeprefix("bert."): value for key, value in load_file(folder / "model.safetensors").items()}
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{name} is no BERT folder: {error}", "config.json, model.safetensors, vocab.txt") from error
     if (theirs["hidden_size"], theirs["num_attention_heads"]) != (config.width, config.heads):
         raise CheckpointError(
             f"{name} is {theirs['hidden_size']} wide with {theirs['num_attention_heads']} heads, "
@@ -116,7 +133,10 @@ def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
     config = model.config
     words = model.text.embeddings.words.weight
     state = read_bert(config, name, tokenizer, words)
-    model.text.load_state_dict(state)
+    try:
+        model.text.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
     if model.decoder is not None and model.decoder.embeddings.words.weight.shape == words.shape:
         model.decoder.embeddings.words.load_state_dict({"weight": words.detach()})
     if config.text_pooling == "mean" and config.embed_dim == config.width:

@@ -136,9 +136,9 @@ def test_text_encoder_equals_bert() -> None:
         max_position_embeddings=40, attn_implementation="eager",
     )  # fmt: skip
     bert = transformers.BertModel(config, add_pooling_layer=False).eval()
-    from mplug_core.weights.official import _Account
+    from mplug_core.weights.official import Account
 
-    account = _Account(dict(bert.state_dict()))
+    account = Account(dict(bert.state_dict()))
     account.embeddings("embeddings", "embeddings")
     for k in range(2):
         account.bert_layer(f"encoder.layer.{k}", f"layers.{k}", cross=False)
