@@ -221,4 +221,13 @@ class Steps(Dataset):
         """The steps ``first`` .. ``last - 1`` in order."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            yield from DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=workers)
+            # a generator of its own: the global one, which dropout draws from, must not know whether a run was resumed
+            yield from DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(first, last),
+                num_workers=workers,
+                generator=torch.Generator().manual_seed(first),
+                # sources hold closures and memory maps, which can't be sent to a fresh process
+                multiprocessing_context="fork" if workers else None,
+            )

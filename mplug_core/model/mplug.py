@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +169,7 @@ class Mplug(nn.Module):
         self.visual_projection = None
         if not self.visual.is_transformer:
             # a convolutional grid says nothing of where a cell lies
-            self.grid_positions = nn.Parameter(torch.randn(grid[0] * grid[1], width) * 0.02)
+            self.grid_positions = nn.Parameter(grid_sines(*grid, width))
         if not self.visual.is_transformer or self.visual.width != width:
             norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.visual_projection = nn.Sequential(nn.Linear(self.visual.width, width), norm)
@@ -191,7 +193,7 @@ class Mplug(nn.Module):
         self.temperature = nn.Parameter(torch.tensor([config.temperature]))
         for name, part in self.named_children():
             if name != "visual":  # timm initialises its backbones itself
-                part.apply(initialise)
+                part.apply(partial(initialise, std=0.02 * (768 / width) ** 0.5))
 
     def set_checkpointing(self, towers: Iterable[str]) -> None:
         """Recompute the activations of the named towers (visual, text, fusion, decoder) in the backward pass."""
@@ -281,9 +283,26 @@ class Mplug(nn.Module):
         return self.classifiers[name](torch.cat([text[:, 0] for text in fused_texts], -1))
 
 
-def initialise(module: nn.Module) -> None:
-    """BERT's initialisation."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+def grid_sines(rows: int, columns: int, width: int) -> Tensor:
+    """Where each cell of a grid lies, as sines and cosines of its row and its column: [rows * columns, W].
+
+    Of about the size of the normalised features that they are added to, so that attention sees them from the start.
+    """
+    quarter = width // 4
+    # from half a period over the grid up to one period in two cells
+    rates = torch.pi * torch.logspace(0, math.log2(max(rows, columns, 2)), quarter, base=2.0) / max(rows, columns)
+    down, across = (torch.arange(n)[:, None] * rates for n in (rows, columns))
+    place = torch.zeros(rows, columns, width)
+    waves = [wave for axis in (down[:, None], across[None]) for wave in (axis.sin(), axis.cos())]
+    place[..., : 4 * quarter] = torch.cat([wave.expand(rows, columns, quarter) for wave in waves], -1)
+    return place.flatten(0, 1)
+
+
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """BERT's initialisation; ``std`` is of the linear layers, which keep BERT-base's gain at any width."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -90,9 +90,10 @@ class VisualEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``pixels`` [B, 3, H, W] normalised; returns [B, N, C]."""
-        features = self.backbone.forward_features(pixels)
         if self.is_transformer:
-            return features
+            return self.backbone.forward_features(pixels)
+        # on a CPU convolutions are faster with the channels of a pixel side by side
+        features = self.backbone.forward_features(pixels.contiguous(memory_format=torch.channels_last))
         return self._channels_first(features).flatten(2).transpose(1, 2)
 
     def class_probabilities(self, tokens: Tensor) -> Tensor:

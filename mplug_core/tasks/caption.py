@@ -20,7 +20,7 @@ from mplug_core.metrics.caption import score_captions
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, rows
+from mplug_core.tasks.task import Context, Ready, Result, Texts, need, rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def answers(
 ) -> list[list[Answer]]:
     """Texts generated from a memory."""
     tokenizer = ready.tokenizer
+    need(ready.model.decoder is not None, "decoder")
     found = generate(
         ready.model.decoder, memory, mask, decoding, start=tokenizer.cls_id, end=tokenizer.sep_id,
         forbidden=forbidden_tokens(ready), generator=generator,
@@ -103,10 +104,13 @@ class CaptionTask:
         """pycocoevalcap's metrics; on scenes also ``objects``, the share of captions with every object right."""
         records = self.read(path, split, format)
         evaluation = Evaluation(ready, records.records, batch_size, limit)
+        if decoding is None:
+            # the grammar of scenes repeats itself: "and a small" comes before every small object
+            decoding = self.decoding.model_copy(update={"no_repeat": 0} if scene_graphs(records.source) else {})
         predictions = []
         for images, drawn in evaluation:
             chosen = images[rows(drawn)]
-            for (_, record), found in zip(drawn, describe(ready, chosen, decoding or self.decoding), strict=True):
+            for (_, record), found in zip(drawn, describe(ready, chosen, decoding), strict=True):
                 predictions.append((record, found[0]))
         captions = {record.image_id: answer.text for record, answer in predictions}
         references = {record.image_id: list(record.captions) for record, _ in predictions}
@@ -116,10 +120,16 @@ class CaptionTask:
         return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, listed)
 
 
+def scene_graphs(source: Path) -> Path | None:
+    """The scene graphs beside a file of captions, where there are some."""
+    graphs = source.parent / "scenes.jsonl"
+    return graphs if graphs.is_file() else None
+
+
 def scene_metrics(source: Path, predictions: Sequence[tuple[Any, Answer]]) -> dict[str, float] | None:
     """The share of captions that name exactly the objects of their scene, where there are scene graphs."""
-    graphs = source.parent / "scenes.jsonl"
-    if not graphs.is_file():
+    graphs = scene_graphs(source)
+    if graphs is None:
         return None
     scenes = {path: scene for path, scene in read_scenes(graphs)}
     right = [caption_correct(answer.text, scenes[record.image]) for record, answer in predictions]

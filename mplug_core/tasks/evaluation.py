@@ -41,6 +41,8 @@ class Evaluation:
             if found is not None:
                 yield found
         self.seconds = time.perf_counter() - began
+        if not self.n:
+            raise DataError(f"none of the {len(self.records)} records has an image that can be read: {self.skipped[0]}")
 
     def _chunks(self) -> Iterator[list[Any]]:
         """Consecutive records on at most ``batch_size`` different images."""

@@ -15,7 +15,7 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.box import bins_to_box, box_iou, box_to_bins, box_token_loss
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, rows
+from mplug_core.tasks.task import Context, Ready, Result, Texts, need, rows
 
 
 class GroundingTask:
@@ -80,6 +80,8 @@ class GroundingTask:
 def find_boxes(ready: Ready, images: ImageEncoding, drawn: list[Drawn]) -> Tensor:
     """[n, 4] corner boxes in 0..1: four greedy steps over the box tokens alone."""
     tokenizer, model = ready.tokenizer, ready.model
+    need(model.decoder is not None, "decoder")
+    need(tokenizer.bins, "box tokens")
     ids, mask = ready.texts.encode([clean_question(record.phrase) for _, record in drawn])
     ids, mask = ids.to(ready.device), mask.to(ready.device)
     memory, memory_mask = model.memory(images[rows(drawn).to(ready.device)], model.encode_text(ids, mask), mask)

@@ -64,12 +64,14 @@ class PretrainTask:
     def _pair_losses(self, model: Mplug, image: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         text = model.encode_text(block["ids"], block["mask"])
         text_feature = model.text_feature(text, block["mask"])
-        image_ids = context.image_ids[block["image"]]
+        # images with word for word the same caption are each other's positives, not negatives
+        first_equal = (block["group"][:, None] == block["group"]).int().argmax(1)
+        image_ids = context.image_ids[block["image"]][first_equal]
         temperature = model.temperature.clamp(0.001, 0.5)
         keys: dict[str, Tensor] = {}
         teacher_image = teacher_text = None
         if context.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), context.autocast():
                 teacher = context.teacher.model
                 teacher_image = context.teacher_images().feature[block["image"]]
                 encoded = teacher.encode_text(block["ids"], block["mask"])
@@ -95,9 +97,9 @@ class PretrainTask:
         image, text, ids = (context.gather(t.float() if t.is_floating_point() else t) for t in (image, text, ids))
         if context.queue is None:
             return image, text, ids
-        old_image, old_text, old_ids = (t.clone() for t in context.queue.keys())
+        keys = tuple(torch.cat(pair) for pair in zip((image, text, ids), context.queue.keys(), strict=True))
         context.queue.push(image, text, ids)
-        return torch.cat([image, old_image]), torch.cat([text, old_text]), torch.cat([ids, old_ids])
+        return keys
 
     def _matching(
         self,
@@ -129,7 +131,7 @@ class PretrainTask:
         logits = model.masked_logits(fused[labelled])
         teacher_logits = None
         if context.teacher is not None and context.alpha > 0:
-            with torch.no_grad():
+            with torch.no_grad(), context.autocast():
                 teacher = context.teacher.model
                 seen = context.teacher_images()[block["image"]]
                 _, fused = teacher.fuse(seen, teacher.encode_text(block["masked"], block["mask"]), block["mask"])

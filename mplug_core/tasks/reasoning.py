@@ -16,7 +16,7 @@ from mplug_core.data.text import clean_caption
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.recipe import CLASSES
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, rows
+from mplug_core.tasks.task import Context, Ready, Result, Texts, need, rows
 
 LABELS = {name: labels for name, (_, labels) in CLASSES.items()}
 
@@ -56,6 +56,7 @@ class ClassificationTask:
         batch_size: int = 32,
     ) -> Result:
         """Accuracy."""
+        need(self.classifier in ready.config.classifiers, f"classifier {self.classifier}")
         records = self.read(path, split, format)
         evaluation = Evaluation(ready, records.records, batch_size, limit)
         right: list[bool] = []

@@ -11,7 +11,7 @@ from mplug_core.data.records import read_captions
 from mplug_core.data.text import clean_caption
 from mplug_core.model.mplug import ImageEncoding
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Ready, Result, rows
+from mplug_core.tasks.task import Ready, Result, need, rows
 
 
 class RetrievalTask:
@@ -72,6 +72,7 @@ def rerank(
     ready: Ready, scores: Tensor, images: ImageEncoding, encoded: list[Any], candidates: int, by_image: bool = False
 ) -> Tensor:
     """``scores`` [Q, C] with the ``candidates`` best of each row replaced by their ITM log-odds, above all others."""
+    need(ready.model.matching_head is not None, "matching head")
     scores = scores.clone()
     best = scores.topk(min(candidates, scores.shape[1]), -1).indices
     for query, chosen in enumerate(best):

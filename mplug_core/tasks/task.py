@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.text import Tokenizer, pad
+from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.model.teacher import FeatureQueue, Teacher
@@ -62,7 +64,7 @@ class Context:
     """What a loss may need beside the model: distillation, queue, the other processes, and a place for counts.
 
     ``teacher_images`` gives the teacher's encoding of the batch's images, computed at the first call. ``gather``
-    joins detached features or ids of all processes; ``counts`` are summed over steps and written to the metrics.
+    joins detached features or ids of all processes; ``autocast`` gives the teacher the compute type of the run; ``counts`` are summed over steps and written to the metrics.
     """
 
     alpha: float = 0.0
@@ -76,6 +78,7 @@ class Context:
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     image_ids: Tensor | None = None
     generator: torch.Generator | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
     counts: dict[str, Tensor | int] = field(default_factory=dict)
 
     def wants(self, objective: str) -> bool:
@@ -115,6 +118,12 @@ class Task(Protocol):
 
     def evaluate(self, ready: Ready, path: str, split: str | None, **options: Any) -> Result:
         """Answer every record and score the answers."""
+
+
+def need(part: object, name: str) -> None:
+    """CheckpointError if the model was made without a part that a task uses."""
+    if not part:
+        raise CheckpointError(f"this model has no {name}", "choose a model that was trained for the task")
 
 
 def rows(drawn: list[Drawn]) -> Tensor:

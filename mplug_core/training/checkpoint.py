@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from mplug_core.errors import CheckpointError
 from mplug_core.training.distributed import World
 
 POINTER = "latest"
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
+"""What reading a damaged file raises."""
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -54,6 +57,8 @@ def write_checkpoint(
     world.barrier()
     save(beside)
     rng = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(world.device)
     torch.save(rng, beside / f"rng-{world.rank}.pt")
     world.barrier()
     if world.is_first:
@@ -68,24 +73,39 @@ def write_checkpoint(
         pointer.write_text(name, encoding="utf-8")
         sync(pointer)
         os.replace(pointer, root / POINTER)
-        written = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        for old in written[:-keep]:
+        # by time: a run that was started anew in this folder counts its steps from 0 again
+        written = [p for p in root.iterdir() if (p / "meta.json").is_file() and not p.name.startswith(".")]
+        written.sort(key=lambda p: ((p / "meta.json").stat().st_mtime_ns, p.name))
+        for old in [p for p in written if p != folder][: len(written) - keep]:
             shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return folder
 
 
 def read_checkpoint(folder: Path, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``state`` and ``meta`` of a checkpoint; the random state of this process is set."""
+    """``state`` and ``meta`` of a checkpoint; CheckpointError if it is damaged or of another number of processes."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        written_by = int(meta["world"])
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        rng = folder / f"rng-{world.rank}.pt"
-        if rng.exists():
-            torch.set_rng_state(torch.load(rng, weights_only=True)["cpu"])
-    except (OSError, json.JSONDecodeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}", "--resume never starts anew") from error
+    if written_by != world.size:
+        raise CheckpointError(
+            f"{folder} was written by {written_by} processes, these are {world.size}", f"start {written_by}"
+        )
     return state, meta
+
+
+def restore_random(folder: Path, world: World) -> None:
+    """Set the random states of this process to those of a checkpoint."""
+    try:
+        states = torch.load(folder / f"rng-{world.rank}.pt", weights_only=True)
+    except UNREADABLE as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}", "--resume never starts anew") from error
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], world.device)
 
 
 def sync(file: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +32,8 @@ class Engine(Protocol):
     def forward(self, *inputs: Any) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, learning_rate_step: int, steps: int) -> float | None:
-        """Update the weights (after every ``accumulate``-th backward); returns the gradient's norm before clipping."""
+        """After every backward; each ``accumulate``-th one updates the weights and returns the gradient's norm
+        before clipping, the others return None."""
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager:
         """A context within which sharded parameters are whole."""
@@ -112,13 +114,16 @@ class PlainEngine:
     def load(self, folder: Path) -> None:
         try:
             state = torch.load(folder / "plain.pt", weights_only=True, map_location="cpu")
+            self.module.load_state_dict(state["module"])
+            with torch.no_grad():
+                for master, saved in zip(self.masters, state["masters"], strict=True):
+                    master.copy_(saved)
+            self.optimizer.load_state_dict(state["optimizer"])
         except FileNotFoundError as error:
             raise CheckpointError(f"{folder} is not a checkpoint of the plain engine") from error
-        self.module.load_state_dict(state["module"])
-        with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), "it is empty")
+            raise CheckpointError(f"cannot read {folder}: {reason}", "--resume never starts anew") from error
 
 
 class DeepSpeedEngine:

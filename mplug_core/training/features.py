@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int =
     if file.exists():
         return np.load(file, mmap_mode="r")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part")
+    # processes of one run may compute the same file at once: each writes its own
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
     visual = model.visual.eval()
     cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
     shape = (views, len(source.images), cells, visual.width)
@@ -46,5 +48,5 @@ def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int =
                 array[view, start : start + len(chunk)] = features.float().cpu().numpy()
     array.flush()
     del array
-    beside.rename(file)
+    os.replace(beside, file)
     return np.load(file, mmap_mode="r")

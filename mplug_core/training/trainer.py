@@ -29,14 +29,14 @@ from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
 from mplug_core.tasks.task import Context, Ready, Texts
 from mplug_core.training.alignment import Alignment
-from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, restore_random, write_checkpoint
 from mplug_core.training.distributed import World
-from mplug_core.training.engine import Engine, build_engine
+from mplug_core.training.engine import Engine, build_engine, import_deepspeed
 from mplug_core.training.features import cache_features
 from mplug_core.training.optimizer import for_stage, scheduled_lr
 from mplug_core.training.stand_in import StandIn
 from mplug_core.training.step import TrainStep
-from mplug_core.weights.folder import load_model, save_model
+from mplug_core.weights.folder import fill_buffers, load_model, save_model
 from mplug_core.weights.pretrained import bert_pieces, class_name_features, load_bert, load_visual
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -49,7 +49,7 @@ def pretrain(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, f
     ``resume``: ``auto`` continues the run folder's last checkpoint if there is one, ``never`` starts anew.
     Raises Preempted (exit code 75) with everything saved when told to stop by SIGTERM or SIGINT.
     """
-    return Trainer(recipe, watch).run(resume)
+    return Trainer(recipe, watch, resume).run()
 
 
 @dataclass
@@ -66,11 +66,14 @@ class Progress:
 class Trainer:
     """Everything of a run that outlives a stage."""
 
-    def __init__(self, recipe: Recipe, watch: Watch) -> None:
+    def __init__(self, recipe: Recipe, watch: Watch, resume: str = "auto") -> None:
         self.recipe = recipe
         self.world = World.from_environment()
+        if self.world.size > 1:
+            import_deepspeed()  # connects the processes, which wait for each other from here on
         self.watch = watch if self.world.is_first else lambda kind, figures: None
         self.folder = Path(recipe.run.folder or f"runs/{recipe.name}")
+        self.checkpoint = self._find_checkpoint(resume)
         self.stop_signal: int | None = None
         if recipe.engine.threads:
             torch.set_num_threads(recipe.engine.threads)
@@ -112,9 +115,8 @@ class Trainer:
             time.sleep(1)
 
     def _tokenizer(self) -> Tokenizer:
-        kept = self.folder / "vocab.txt"
-        if kept.is_file():
-            return Tokenizer.load(kept)
+        if self.checkpoint is not None:
+            return Tokenizer.load(self.folder / "vocab.txt")
         data, bins = self.recipe.data, self.recipe.model.box_bins
         if self.recipe.start.model:
             return load_model(self.recipe.start.model).tokenizer
@@ -143,9 +145,14 @@ class Trainer:
     def _start_weights(self) -> None:
         start = self.recipe.start
         if start.model:
-            loaded = load_model(start.model)
-            self.model.load_state_dict(loaded.model.state_dict(), strict=False)
-            self.watch("note", {"text": f"weights: {start.model}"})
+            try:
+                fit = self.model.load_state_dict(load_model(start.model).model.state_dict(), strict=False)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise CheckpointError(f"start.model does not fit the recipe's model: {reason}") from error
+            parts = sorted({name.split(".")[0] for name in fit.missing_keys})
+            fresh = f"; from nothing: {', '.join(parts)}" if parts else ""
+            self.watch("note", {"text": f"weights: {start.model}{fresh}"})
         if start.visual:
             self.watch("note", {"text": load_visual(self.model, start.visual)})
         if start.text:
@@ -187,12 +194,16 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
-    def run(self, resume: str) -> Path:
-        checkpoint = self._prepare_folder(resume)
-        restored: dict[str, Any] | None = None
+    def run(self) -> Path:
+        checkpoint, restored = self.checkpoint, None
+        self._prepare_folder()
+        # processes have the same weights and draw different dropout
+        torch.manual_seed(self.recipe.seed * 1009 + self.world.rank)
         if checkpoint is not None:
             restored, meta = read_checkpoint(checkpoint, self.world)
             self.progress = Progress(**meta["progress"])
+            if self.world.is_first:
+                forget_later_metrics(self.folder / "metrics.jsonl", self.progress.total)
             self.watch("note", {"text": f"resumed {checkpoint} at step {self.progress.total}"})
         self._listen()
         try:
@@ -203,7 +214,7 @@ class Trainer:
                 if number < self.progress.stage or stage.align is not None:
                     continue
                 self.progress.stage = number
-                self._run_stage(self.stages[number], checkpoint, restored)
+                self._run_stage(stage, checkpoint, restored)
                 checkpoint = restored = None
                 self.progress.step = 0
         finally:
@@ -211,13 +222,15 @@ class Trainer:
         self.watch("end", {"folder": str(self.folder / "model"), "seconds": self.progress.seconds})
         return self.folder
 
-    def _prepare_folder(self, resume: str) -> Path | None:
-        """Create the run folder with recipe and vocabulary; the checkpoint to continue, if any."""
-        checkpoint = None
-        if resume == "auto":
-            checkpoint = latest_checkpoint(self.folder)
-        elif resume != "never":
-            checkpoint = Path(resume)
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        """The checkpoint to continue, if any."""
+        if resume == "never":
+            return None
+        return latest_checkpoint(self.folder) if resume == "auto" else Path(resume)
+
+    def _prepare_folder(self) -> None:
+        """Create the run folder with recipe and vocabulary, or make sure that it is this recipe's."""
+        checkpoint = self.checkpoint
         values = self.recipe.model_dump(mode="json")
         kept = self.folder / "recipe.yaml"
         if self.world.is_first:
@@ -226,10 +239,11 @@ class Trainer:
                 if checkpoint is not None and kept.is_file():
                     refuse_other_recipe(yaml.safe_load(kept.read_text(encoding="utf-8")), values, self.folder)
                 kept.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-                self.tokenizer.save(self.folder / "vocab.txt")
+                if checkpoint is None:
+                    self.tokenizer.save(self.folder / "vocab.txt")
+                    (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             except OSError as error:
                 raise MplugError(f"cannot write {self.folder}: {error.strerror}", "set run.folder") from error
-        return checkpoint
 
     def _listen(self) -> None:
         """Ask to be stopped between steps on SIGTERM and SIGINT; a second signal stops at once."""
@@ -295,6 +309,8 @@ class Trainer:
             for name, part in (("teacher", teacher), ("queue", queue), ("average", self.average)):
                 if part is not None and restored.get(name) is not None:
                     part.load_state_dict(restored[name])
+            # last, since what was built on the way has drawn from it
+            restore_random(checkpoint, self.world)
         elif teacher is not None:
             teacher.reset(module.model, engine.whole)
         loop = StageLoop(self, stage, engine, module, objectives, optimizer, sources, steps, teacher, queue)
@@ -343,7 +359,8 @@ class Trainer:
         with torch.device("meta"):
             model = Mplug(self.config)
         model.load_state_dict({k: v.detach().float() for k, v in state.items()}, assign=True)
-        ready = Ready(model.eval(), self.tokenizer)
+        fill_buffers(model)
+        ready = Ready(model.eval().to(self.world.device), self.tokenizer)
         metrics: dict[str, float] = {}
         for name, section in self.recipe.evaluate.items():
             for task in section.tasks:
@@ -380,11 +397,11 @@ class StageLoop:
         )
         began, images = time.perf_counter(), 0
         for step in range(first, last):
-            for _ in range(accumulate):
+            for micro in range(accumulate):
                 batches = next(loader)
                 images += sum(len(batch.image_ids) for batch in batches)
-                self._forward_backward(step, batches)
-            norm = self.engine.step(step, last)
+                self._forward_backward(step, micro, batches)
+                norm = self.engine.step(step, last)
             self._note("grad_norm", norm or 0.0)
             if self.teacher is not None:
                 self.teacher.update(self.module.model, self.engine.whole)
@@ -410,12 +427,11 @@ class StageLoop:
                     f"stopped at step {self.progress.total}, saved in {self.trainer.folder}", "run it again to go on"
                 )
 
-    def _forward_backward(self, step: int, batches: list[Batch]) -> None:
+    def _forward_backward(self, step: int, micro: int, batches: list[Batch]) -> None:
         settings = self.recipe.teacher
         alpha = alpha_ramp(step, self.ramp_steps, settings.alpha) if self.teacher is not None else 0.0
-        generator = torch.Generator().manual_seed(
-            (self.recipe.seed * 1_000_003 + self.progress.total) * 1024 + self.world.rank
-        )
+        draw = self.progress.total * self.recipe.engine.accumulate + micro
+        generator = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + draw) * 1024 + self.world.rank)
         contexts, moved = [], []
         for batch in batches:
             for bad in batch.bad:
@@ -466,6 +482,7 @@ class StageLoop:
             gather=self.world.gather_rows,
             image_ids=None if imagined else batch.image_ids + offset,
             generator=generator,
+            autocast=self._autocast,
         )
 
     def _autocast(self) -> Any:
@@ -529,6 +546,22 @@ def whole_state(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
             name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone()
             for name, value in model.state_dict().items()
         }
+
+
+def forget_later_metrics(file: Path, total: int) -> None:
+    """Leave out of a log what was written after the checkpoint of step ``total``: it is computed again."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= total:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # the line at which a killed run stopped
+            continue
+    beside = file.with_name(f".{file.name}")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, file)
 
 
 def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

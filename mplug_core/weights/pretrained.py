@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
 from mplug_core.model.text import TextEncoder
+from mplug_core.model.vision import resize_positions
 from mplug_core.weights.official import Account, layer_numbers
 
 PACKAGES = {
@@ -74,7 +76,8 @@ def load_visual(model: Mplug, name: str) -> str:
             else torch.load(file, weights_only=True, map_location="cpu")
         )
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {file}: {str(error).splitlines()[0]}", "give a file of tensors") from error
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise CheckpointError(f"cannot read {file}: {reason}", "give a file of tensors") from error
     ours = backbone.state_dict()
     if set(ours) <= set(state):
         chosen = {key: state[key] for key in ours}
