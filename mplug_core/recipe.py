@@ -132,11 +132,12 @@ class SourceSection(Section):
     split: str | None = None
     format: str | None = None
     batch_size: Positive = 16
-    weight: float = Field(1.0, gt=0, description="of this source's losses in the sum")
+    weight: float = Field(1.0, gt=0, description="of an image of this source in the mean")
     text_only: bool = Field(False, description="captions without photos: stand-ins are made from the text feature")
     limit: Positive | None = None
-    tasks: dict[TaskName, Positive] = Field(
-        default_factory=lambda: {"pretrain": 1}, description="records of each task drawn per image"
+    tasks: dict[TaskName, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=lambda: {"pretrain": 1},
+        description="records of each task drawn per image, 0.5: for every other",
     )
     augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -355,7 +356,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """A file, or a shipped recipe by its name with or without its folder."""
-    if Path(name).suffix in (".yaml", ".yml") or "/" in name and Path(name).exists():
+    if Path(name).suffix in (".yaml", ".yml") or ("/" in name and Path(name).exists()):
         if Path(name).is_file():
             return Path(name)
         raise RecipeError(f"no recipe file {name}", "mplug recipe ls lists the shipped ones")
@@ -414,7 +415,7 @@ def apply_overrides(values: dict[str, Any], overrides: typing.Iterable[str]) -> 
 def list_item(items: list[Any], part: str) -> Any:
     """An item of a list by its number or its ``name``."""
     for number, item in enumerate(items):
-        if part == str(number) or isinstance(item, dict) and item.get("name") == part:
+        if part == str(number) or (isinstance(item, dict) and item.get("name") == part):
             return item
     return None
 

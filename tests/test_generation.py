@@ -43,14 +43,18 @@ def toy(vocabulary: int = 5, seed: int = 0) -> tuple[Decoder, torch.Tensor]:
     return decoder, torch.randn(2, 4, 32)
 
 
-def run(decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, *, seed: int = 0, **fields: Any) -> list[list[Hypothesis]]:
+def run(
+    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, *, seed: int = 0, **fields: Any
+) -> list[list[Hypothesis]]:
     options = {k: fields.pop(k) for k in ("prompt", "forbidden") if k in fields}
     generator = torch.Generator().manual_seed(seed)
     return generate(decoder, tokens, mask, Decoding(**fields), start=START, end=END, generator=generator, **options)
 
 
 @torch.no_grad()
-def log_probability(decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, ids: list[int], first: list[int]) -> float:
+def log_probability(
+    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, ids: list[int], first: list[int]
+) -> float:
     """Sum of the log-probabilities of ``ids`` after ``first``, in one pass without a cache."""
     inputs = torch.tensor([[*first, *ids[:-1]]])
     logp = decoder.logits(decoder(inputs, tokens, mask)).log_softmax(-1)[0, len(first) - 1 :]
@@ -300,6 +304,13 @@ def test_released_rule_by_hand() -> None:
 
 
 def test_decoding_refuses_unknown_and_impossible_settings() -> None:
-    for fields in ({"beams": 0}, {"max_tokens": 0}, {"top_p": 0}, {"temperature": 0}, {"strategy": "best"}, {"beam": 3}):
+    for fields in (
+        {"beams": 0},
+        {"max_tokens": 0},
+        {"top_p": 0},
+        {"temperature": 0},
+        {"strategy": "best"},
+        {"beam": 3},
+    ):
         with pytest.raises(ValueError):
             Decoding(**fields)

@@ -112,7 +112,10 @@ def test_fault(override: str, fault: str | None) -> None:
             ["objectives={entailment: 1}", "model.classifiers={entailment: {labels: [a, b]}}"],
             "entailment needs model.classifiers.entailment",
         ),
-        (["data.sources.a.text_only=true", "model.summary_tokens=0"], "data.sources.a: text_only needs model.summary_tokens"),
+        (
+            ["data.sources.a.text_only=true", "model.summary_tokens=0"],
+            "data.sources.a: text_only needs model.summary_tokens",
+        ),
     ],
 )
 def test_objective_without_its_part(overrides: list[str], needs: str) -> None:
@@ -169,9 +172,10 @@ class TestSizes:
         assert recipe.model.vision.image_size == 64 and recipe.model.vision.backbone == base.vision.backbone
 
     def test_size_by_override(self) -> None:
-        assert check_recipe({"name": "x"}, ["model.size=large"]).model == check_recipe(
-            {"name": "x", "model": {"size": "large"}}
-        ).model
+        assert (
+            check_recipe({"name": "x"}, ["model.size=large"]).model
+            == check_recipe({"name": "x", "model": {"size": "large"}}).model
+        )
 
     def test_options_of_another_backbone_do_not_mix(self) -> None:
         assert merge({"options": {"a": 1}}, {"options": {"b": 2}}) == {"options": {"b": 2}}
@@ -210,7 +214,16 @@ class TestFiles:
     def test_floats_as_people_write_them(self, tmp_path: Path) -> None:
         file = tmp_path / "x.yaml"
         file.write_text("a: 1e-4\nb: 1.0e-4\nc: -2E5\nd: .5\ne: 12\nf: 1e\ng: 3.\nh: 1.2.3\n", encoding="utf-8")
-        assert read_yaml(file) == {"a": 1e-4, "b": 1e-4, "c": -2e5, "d": 0.5, "e": 12, "f": "1e", "g": 3.0, "h": "1.2.3"}
+        assert read_yaml(file) == {
+            "a": 1e-4,
+            "b": 1e-4,
+            "c": -2e5,
+            "d": 0.5,
+            "e": 12,
+            "f": "1e",
+            "g": 3.0,
+            "h": "1.2.3",
+        }
 
     def test_find_by_name_file_and_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert find_recipe("tiny") == find_recipe("pretrain/tiny") == shipped_recipes()["pretrain/tiny"]

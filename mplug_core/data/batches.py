@@ -6,6 +6,7 @@ number of loader workers, and any split of the global batch over processes draws
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,9 +151,10 @@ class Source:
             batch.pixels = torch.stack(pixels)
         batch.image_ids = torch.tensor(kept)
         rows = {image: row for row, image in enumerate(kept)}
-        for task, count in self.section.tasks.items():
+        for task, per_image in self.section.tasks.items():
+            counts = spread(per_image, len(kept), rng)
             drawn = []
-            for image in kept:
+            for image, count in zip(kept, counts, strict=True):
                 known = [item for item in self.by_image[image].get(task, ()) if all(i in rows for i in item[0])]
                 picked = known if len(known) <= count else rng.sample(known, count)
                 if task in ("pretrain", "caption") and known:
@@ -199,6 +201,13 @@ class Source:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.getrandbits(62))
             return transform(image)
+
+
+def spread(per_image: float, images: int, rng: random.Random) -> list[int]:
+    """How many records each image gives, ``per_image`` on average; at least one in all."""
+    whole, more = int(per_image), math.ceil((per_image - int(per_image)) * images)
+    chosen = set(rng.sample(range(images), more))
+    return [whole + (i in chosen) for i in range(images)]
 
 
 def image_keys(record: Any) -> tuple[Any, ...]:

@@ -39,7 +39,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dr
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores + mask
-        weights = F.dropout(scores.float().softmax(-1).to(value.dtype), dropout, training=dropout > 0)
+        # the CPU's softmax accumulates in fp32 whatever its input
+        weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
         return weights @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 

@@ -11,7 +11,6 @@ from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import nearest
 
-
 TRANSFORMERS = ("vit", "deit", "deit3", "flexivit")
 """First words of the names of timm's plain vision transformers, which are built for an image size."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 
 from mplug_core.errors import CheckpointError
 from mplug_core.training.distributed import World
+from mplug_core.weights.pickled import read_pickled
 
 POINTER = "latest"
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)
-"""What reading a damaged file raises."""
+ANEW = "--resume never starts anew"
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -87,9 +86,9 @@ def read_checkpoint(folder: Path, world: World) -> tuple[dict[str, Any], dict[st
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         written_by = int(meta["world"])
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    except UNREADABLE as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}", "--resume never starts anew") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {folder / 'meta.json'}: {error}", ANEW) from error
+    state = read_pickled(folder / "state.pt", ANEW)
     if written_by != world.size:
         raise CheckpointError(
             f"{folder} was written by {written_by} processes, these are {world.size}", f"start {written_by}"
@@ -99,10 +98,7 @@ def read_checkpoint(folder: Path, world: World) -> tuple[dict[str, Any], dict[st
 
 def restore_random(folder: Path, world: World) -> None:
     """Set the random states of this process to those of a checkpoint."""
-    try:
-        states = torch.load(folder / f"rng-{world.rank}.pt", weights_only=True)
-    except UNREADABLE as error:
-        raise CheckpointError(f"cannot read checkpoint {folder}: {error}", "--resume never starts anew") from error
+    states = read_pickled(folder / f"rng-{world.rank}.pt", ANEW)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], world.device)

@@ -9,7 +9,6 @@ import contextlib
 import io
 import logging
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.recipe import EngineSection, OptimizerSection
 from mplug_core.training.distributed import World
 from mplug_core.training.optimizer import build_optimizer, parameter_groups, scheduled_lr
+from mplug_core.weights.pickled import read_pickled
 
 
 class Engine(Protocol):
@@ -112,18 +112,18 @@ class PlainEngine:
         torch.save(state, folder / "plain.pt")
 
     def load(self, folder: Path) -> None:
+        if not (folder / "plain.pt").is_file():
+            raise CheckpointError(f"{folder} is not a checkpoint of the plain engine")
+        state = read_pickled(folder / "plain.pt", "--resume never starts anew")
         try:
-            state = torch.load(folder / "plain.pt", weights_only=True, map_location="cpu")
             self.module.load_state_dict(state["module"])
             with torch.no_grad():
                 for master, saved in zip(self.masters, state["masters"], strict=True):
                     master.copy_(saved)
             self.optimizer.load_state_dict(state["optimizer"])
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder} is not a checkpoint of the plain engine") from error
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), "it is empty")
-            raise CheckpointError(f"cannot read {folder}: {reason}", "--resume never starts anew") from error
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"{folder} does not fit the recipe's model: {reason}") from error
 
 
 class DeepSpeedEngine:

@@ -26,18 +26,24 @@ class TrainStep(nn.Module):
 
     def forward(
         self, batches: list[Batch], contexts: list[Context], weights: Mapping[str, float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses of all batches, and the losses by name (mean over sources, detached)."""
-        total: Tensor | None = None
-        parts: dict[str, list[Tensor]] = {}
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weighted sum of the losses, and the losses by name (detached).
+
+        A loss that several sources give is their mean, weighted by images and by the source's ``weight``.
+        """
+        found: dict[str, list[tuple[float, Tensor]]] = {}
         for batch, context in zip(batches, contexts, strict=True):
             images = self.encode(batch, context)
+            share = context.source_weight * len(batch.image_ids)
             for task, block in batch.blocks.items():
                 for name, loss in self.tasks[task].losses(self.model, images, block, context).items():
-                    weighted = loss.float() * (weights[name] * context.source_weight)
-                    total = weighted if total is None else total + weighted
-                    parts.setdefault(name, []).append(loss.detach().float())
-        return total, {name: torch.stack(values).mean() for name, values in parts.items()}
+                    found.setdefault(name, []).append((share, loss.float()))
+        parts = {
+            name: sum(share * loss for share, loss in given) / sum(share for share, _ in given)
+            for name, given in found.items()
+        }
+        total = sum(weights[name] * loss for name, loss in parts.items()) if parts else None
+        return total, {name: loss.detach() for name, loss in parts.items()}
 
     def encode(self, batch: Batch, context: Context) -> ImageEncoding:
         """The batch's images, or what stands in for them."""

@@ -16,7 +16,6 @@ import yaml
 from torch import nn
 
 from mplug_core.data.batches import Batch, Source, Steps
-from mplug_core.data.records import read_captions
 from mplug_core.data.scenes import write_scenes
 from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption
 from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError

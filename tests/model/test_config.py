@@ -36,7 +36,9 @@ def test_connected_layers_of_the_skip_fusion(rule: str, stride: int, layers: int
     assert small_config(rule=rule, stride=stride, fusion_layers=layers).connected_layers == connected
 
 
-@pytest.mark.parametrize(("fusion", "connected"), [("connected", [0, 1, 2, 3]), ("co", []), ("asymmetric", []), ("none", [])])
+@pytest.mark.parametrize(
+    ("fusion", "connected"), [("connected", [0, 1, 2, 3]), ("co", []), ("asymmetric", []), ("none", [])]
+)
 def test_connected_layers_of_the_other_fusions(fusion: str, connected: list[int]) -> None:
     assert small_config(fusion=fusion).connected_layers == connected
 

@@ -35,7 +35,9 @@ def test_skip_fusion_builds_what_the_rule_says(rule: str, stride: int) -> None:
     want = [ConnectedLayer if k in config.connected_layers else AsymmetricLayer for k in range(6)]
     assert kinds == want
     # a connected layer has no cross-attention, which would be dead weight
-    assert not any("cross" in name for k in config.connected_layers for name, _ in Fusion(config).layers[k].named_parameters())
+    assert not any(
+        "cross" in name for k in config.connected_layers for name, _ in Fusion(config).layers[k].named_parameters()
+    )
 
 
 def test_other_fusions_build_one_kind_of_layer() -> None:
@@ -101,7 +103,9 @@ def test_padding_changes_nothing(fusion: str, dtype: torch.dtype) -> None:
         junk_image, junk_text = torch.randn(2, 3, 32, dtype=dtype) * 9, torch.randn(2, 2, 32, dtype=dtype) * 9
         image_mask = torch.tensor([[1] * 5 + [0] * 3] * 2)
         text_mask = torch.tensor([[1] * 4 + [0] * 2] * 2)
-        got_image, got_text = fuse(torch.cat([image, junk_image], 1), torch.cat([text, junk_text], 1), image_mask, text_mask)
+        got_image, got_text = fuse(
+            torch.cat([image, junk_image], 1), torch.cat([text, junk_text], 1), image_mask, text_mask
+        )
     assert torch.allclose(got_image[:, :5], want_image, atol=tolerance)
     assert torch.allclose(got_text[:, :4], want_text, atol=tolerance)
 

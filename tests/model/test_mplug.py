@@ -149,7 +149,9 @@ def test_features_are_of_unit_length(variant: str) -> None:
     model = small_model(**VARIANTS[variant])
     image, ids, mask = random_inputs(model)
     text = model.text_feature(model.encode_text(ids, mask), mask)
-    assert torch.allclose(image.feature.norm(dim=-1), torch.ones(3)) and torch.allclose(text.norm(dim=-1), torch.ones(3))
+    assert torch.allclose(image.feature.norm(dim=-1), torch.ones(3)) and torch.allclose(
+        text.norm(dim=-1), torch.ones(3)
+    )
 
 
 def test_mean_pooling_leaves_padding_out() -> None:

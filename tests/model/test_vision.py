@@ -116,7 +116,9 @@ class TestConvolutional:
             tokens = encoder(pixels)
         assert tuple(encoder.grid) == (2, 2) and encoder.width == 16
         assert tokens.shape == (2, 4, 16)
-        assert torch.equal(tokens[:, 1], grid[:, :, 0, 1]) and torch.equal(tokens[:, 2], grid[:, :, 1, 0])
+        # the encoder lays memory out differently, so sums are rounded differently
+        torch.testing.assert_close(tokens[:, 1], grid[:, :, 0, 1])
+        torch.testing.assert_close(tokens[:, 2], grid[:, :, 1, 0])
 
     def test_pool_is_mean_and_maximum(self) -> None:
         encoder = VisualEncoder(small_config(vision=CNN))
@@ -124,7 +126,14 @@ class TestConvolutional:
         assert torch.equal(encoder.pool(tokens), torch.cat([tokens.mean(1), tokens.max(1).values], -1))
 
     def test_channels_last_backbones(self) -> None:
-        options = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "img_size": 32, "patch_size": 4, "window_size": 4}
+        options = {
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "img_size": 32,
+            "patch_size": 4,
+            "window_size": 4,
+        }
         vision = {"backbone": "swin_tiny_patch4_window7_224", "image_size": 32, "options": options}
         model = small_model(vision=vision)
         encoding = model.encode_image(torch.randn(2, 3, 32, 32))

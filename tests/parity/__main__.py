@@ -89,7 +89,9 @@ def visual(folder: Folder, name: str, checks: Checks) -> None:
     for got, want in zip(mids, ["mid.ln_pre", *(f"mid.block{k}" for k in range(len(backbone.blocks)))], strict=True):
         checks.compare(want, got, t[want])
     checks.compare("out.visual", tokens, t["out.visual"])
-    checks.compare("out.visual_with_proj", mids[-1] @ folder.weights["visual_encoder.visual.proj"], t["out.visual_with_proj"])
+    checks.compare(
+        "out.visual_with_proj", mids[-1] @ folder.weights["visual_encoder.visual.proj"], t["out.visual_with_proj"]
+    )
     checks.compare("out.image_embeds", model.encode_image(image).tokens, t["out.image_embeds"])
 
 
@@ -125,7 +127,9 @@ def decoder(folder: Folder, name: str, checks: Checks) -> None:
     unmasked = decoder.logits(decoder(ids, memory, memory_mask))
     checks.compare("out.logits_no_attention_mask", unmasked, t["out.logits_no_attention_mask"])
     checks.compare("out.prefix_loss_mean", sequence_loss(logits, ids, mask), t["out.prefix_loss_mean"], LOSS)
-    rows = [sequence_loss(logits[i : i + 1], ids[i : i + 1], mask[i : i + 1], reduction="sequence") for i in range(len(ids))]
+    rows = [
+        sequence_loss(logits[i : i + 1], ids[i : i + 1], mask[i : i + 1], reduction="sequence") for i in range(len(ids))
+    ]
     checks.compare("out.lm_loss_per_sequence", torch.stack(rows), t["out.lm_loss_per_sequence"], LOSS)
 
 
@@ -150,7 +154,9 @@ def beam(folder: Folder, name: str, checks: Checks) -> None:
         found = generate(model.decoder, memory, mask, decoding, start=START, end=END)
         checks.same_ids(f"{run['name']}.ids", [[[START, *h.ids] for h in row] for row in found], want_ids)
         if [len(row) for row in found] == [len(row) for row in run["scores"]]:
-            checks.compare(f"{run['name']}.scores", torch.tensor([[h.score for h in row] for row in found]), want_scores, LOSS)
+            checks.compare(
+                f"{run['name']}.scores", torch.tensor([[h.score for h in row] for row in found]), want_scores, LOSS
+            )
         else:
             checks.same_ids(f"{run['name']}.scores", [], [[[0]]])
 

@@ -54,7 +54,9 @@ def damaged(scenes: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("task", EVALUATED)
 def test_broken_and_missing_images_are_counted(ready: Ready, damaged: Path, task: str) -> None:
-    options: dict[str, Any] = {"decoding": Decoding(strategy="greedy", max_tokens=4)} if task in ("caption", "vqa") else {}
+    options: dict[str, Any] = (
+        {"decoding": Decoding(strategy="greedy", max_tokens=4)} if task in ("caption", "vqa") else {}
+    )
     result = evaluated_task(task).evaluate(ready, str(damaged), "train", batch_size=7, **options)
     records = 18 if task in ("caption", "retrieval") else None
     if records:
@@ -166,7 +168,9 @@ class TestVqaScore:
         weights: tuple[float, ...], said: str, score: float,
     ) -> None:  # fmt: skip
         image = read_captions(scenes, "train").records[0].image
-        records = SimpleNamespace(records=[QuestionRecord(image, "q", answers, weights, "color")], missing=[], broken=[])
+        records = SimpleNamespace(
+            records=[QuestionRecord(image, "q", answers, weights, "color")], missing=[], broken=[]
+        )
         monkeypatch.setattr(vqa, "read_questions", lambda path, split: records)
         monkeypatch.setattr(vqa, "answer_questions", lambda *args: [said])
         result = TASKS["vqa"].evaluate(ready, "x")

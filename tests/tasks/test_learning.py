@@ -127,7 +127,9 @@ def test_labels(lesson: Callable[..., Lesson], task: str) -> None:
     pupil.learn(150)
     block = pupil.task.encode(pupil.drawn, random.Random(0), pupil.texts)
     with torch.no_grad():
-        logits = classify(pupil.model, pupil.task.classifier, pupil.images(), block["image"], block["ids"], block["mask"])
+        logits = classify(
+            pupil.model, pupil.task.classifier, pupil.images(), block["image"], block["ids"], block["mask"]
+        )
     assert len(block["labels"].unique()) > 1
     assert share((logits.argmax(-1) == block["labels"]).tolist()) > 0.95
 
@@ -187,7 +189,9 @@ SHARED = {"visual", "visual_projection"}
         ("entailment", "entailment", SHARED | {"text", "fusion", "classifiers"}),
     ],
 )
-def test_gradient_reaches_what_it_should(lesson: Callable[..., Lesson], task: str, objective: str, parts: set[str]) -> None:
+def test_gradient_reaches_what_it_should(
+    lesson: Callable[..., Lesson], task: str, objective: str, parts: set[str]
+) -> None:
     pupil = lesson(task)
     block = pupil.task.encode(pupil.drawn, random.Random(0), pupil.texts)
     context = Context(weights={objective: 1.0}, image_ids=torch.arange(len(pupil.pixels)))

@@ -92,7 +92,7 @@ def test_damage_is_named(tmp_path: Path, file: str, content: bytes | str | None)
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-20] if content == "cut" else content)
-    with pytest.raises(CheckpointError, match="cannot read checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="cannot read ") as caught:
         read_checkpoint(folder, ALONE)
         restore_random(folder, ALONE)
     assert caught.value.exit_code == 5

@@ -25,7 +25,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> Mplug:
-    return small_model(vocab_size=tokenizer.vocab_size, box_bins=4, classifiers=CLASSIFIERS, vision=CNN, summary_tokens=2)
+    return small_model(
+        vocab_size=tokenizer.vocab_size, box_bins=4, classifiers=CLASSIFIERS, vision=CNN, summary_tokens=2
+    )
 
 
 @pytest.fixture
@@ -167,7 +169,14 @@ def test_without_parts(folder: Path) -> None:
 
 
 def test_buffers_that_no_file_holds(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    options = {"embed_dim": 16, "depths": [2, 1], "num_heads": [1, 2], "img_size": 32, "patch_size": 4, "window_size": 4}
+    options = {
+        "embed_dim": 16,
+        "depths": [2, 1],
+        "num_heads": [1, 2],
+        "img_size": 32,
+        "patch_size": 4,
+        "window_size": 4,
+    }
     vision = {"backbone": "swin_tiny_patch4_window7_224", "image_size": 32, "options": options}
     model = small_model(vocab_size=tokenizer.vocab_size, vision=vision)
     save_model(tmp_path / "m", model, tokenizer, dtype=torch.float32)

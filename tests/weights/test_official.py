@@ -189,7 +189,10 @@ def test_fusion_takes_the_last_layers_and_drops_what_never_runs() -> None:
         conversion.state["fusion.layers.0.text.feed_forward.up.weight"],
         tensors["fusion_encoder.encoder.layer.4.intermediate.dense.weight"],
     )
-    assert conversion.used["fusion_encoder.encoder.layer.6.output.dense.bias"] == "fusion.layers.2.joint.feed_forward.down.bias"
+    assert (
+        conversion.used["fusion_encoder.encoder.layer.6.output.dense.bias"]
+        == "fusion.layers.2.joint.feed_forward.down.bias"
+    )
     reasons = {name: why for name, why in conversion.dropped.items() if name.startswith("fusion_encoder.encoder")}
     assert {why for name, why in reasons.items() if ".layer.6." in name} == {"cross-attention of a connected layer"}
     assert {why for name, why in reasons.items() if ".layer.6." not in name} == {"fusion layer that never runs"}
@@ -320,7 +323,8 @@ class TestGolden:
         for name, shapes in lists.items():
             tied = torch.zeros(30522, 768)  # compared by value, so it must have one
             tensors = {
-                key: tied if shape == [30522, 768] else torch.zeros(shape, device="meta") for key, shape in shapes.items()
+                key: tied if shape == [30522, 768] else torch.zeros(shape, device="meta")
+                for key, shape in shapes.items()
             }
             conversion = convert(tensors)
             unknown = [key for key, why in conversion.dropped.items() if why == "unknown"]

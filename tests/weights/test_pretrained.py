@@ -55,7 +55,9 @@ def test_bert_fills_the_text_encoder_and_picks_words_by_piece(bert: Path) -> Non
     assert torch.equal(
         model.text.layers[1].feed_forward.up.weight, theirs["bert.encoder.layer.1.intermediate.dense.weight"]
     )
-    assert torch.equal(model.text.embeddings.positions.weight, theirs["bert.embeddings.position_embeddings.weight"][:40])
+    assert torch.equal(
+        model.text.embeddings.positions.weight, theirs["bert.embeddings.position_embeddings.weight"][:40]
+    )
 
 
 def test_sentence_encoder_starts_as_itself(bert: Path) -> None:
