@@ -72,6 +72,7 @@ def test_errors_and_recipe_import_nothing_above_themselves() -> None:
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_is_imported_without_torch(module: str) -> None:
-    code = f"import sys, {module}; heavy = {{'torch', 'timm', 'transformers', 'deepspeed'}} & set(sys.modules); print(*heavy)"
+    heavy = "{'torch', 'timm', 'transformers', 'deepspeed'}"
+    code = f"import sys, {module}; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == ""

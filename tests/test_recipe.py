@@ -132,7 +132,8 @@ class TestOverrides:
             VALUES,
             [
                 "optimizer.lr=1e-4", "optimizer.betas=[0.9, 0.98]", "optimizer.eps=1e-6", "stages.learn.lr=3E-4",
-                "stages.0.steps=7", "engine.checkpointing=[visual, text]", "run.folder=runs/x=1", "data.sources.a.split=val",
+                "stages.0.steps=7", "engine.checkpointing=[visual, text]", "run.folder=runs/x=1",
+                "data.sources.a.split=val",
                 "objectives={itc: 1, mlm: 0.5}", "freeze=[]", "epochs=null", "name=nan", "data.root=1e5x",
             ],
         )  # fmt: skip

@@ -104,10 +104,7 @@ def sequence_loss(
         Scalar; a zero that keeps the graph when no token counts.
     """
     losses, rows = _token_losses(logits, target_ids, target_mask, teacher_logits, alpha, label_smoothing)
-    if weights is None:
-        scale = torch.ones_like(losses)
-    else:
-        scale = weights.to(losses)[rows]
+    scale = torch.ones_like(losses) if weights is None else weights.to(losses)[rows]
     total = (losses * scale).sum()
     if reduction == "sequence":
         return total / (max(len(target_ids), 1) if denominator is None else denominator)

@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -33,9 +32,16 @@ class Alignment:
     """Runs the stage, or reads what it left in ``file``; sets the model's head and the sources' ``aligned``."""
 
     def __init__(
-        self, model: Mplug, texts: Texts, sources: Sequence[Source], settings: AlignSection, optimizer: OptimizerSection,
-        steps: int, seed: int, note: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        model: Mplug,
+        texts: Texts,
+        sources: Sequence[Source],
+        settings: AlignSection,
+        optimizer: OptimizerSection,
+        steps: int,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> None:
         self.model, self.texts, self.settings, self.optimizer, self.steps = model, texts, settings, optimizer, steps
         self.photos = [source for source in sources if source.features is not None]
         self.captions = [source for source in sources if source.section.text_only]
@@ -104,8 +110,7 @@ class Alignment:
         self.model.eval()
         captions = [texts for source in self.photos for texts in self._records(source)]
         flat = self.caption_features([text for texts in captions for text in texts])
-        ends = np.cumsum([0, *(len(texts) for texts in captions)])
-        of_image = [flat[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        of_image = flat.split([len(texts) for texts in captions])
         pools, text_only = [flat], {}
         for source in self.captions:
             records = self._records(source)
@@ -157,7 +162,7 @@ class Alignment:
         self,
         layers: torch.nn.Sequential,
         inputs: Tensor,
-        of_image: list[Tensor],
+        of_image: Sequence[Tensor],
         seen: list[int],
         pool: Tensor,
         fold: int,

@@ -174,6 +174,10 @@ class DeepSpeedEngine:
         if not (folder / "engine").is_dir():
             raise CheckpointError(f"{folder} is not a checkpoint of the deepspeed engine")
         self.engine.load_checkpoint(str(folder), tag="engine")
+        # stage 3 leaves small parameters whole after loading; it learns who uses a parameter of another module only
+        # from finding it sharded, and otherwise stops with a tracing error some steps later
+        with self.whole(list(self.module.parameters())):
+            pass
 
 
 def import_deepspeed() -> Any:

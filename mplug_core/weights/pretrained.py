@@ -148,7 +148,7 @@ def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
 
 @torch.no_grad()
 def class_name_features(config: MplugConfig, name: str) -> Tensor:
-    """[classes, width] mean-pooled features, of unit length, of the ImageNet class names by the BERT folder ``name``."""
+    """[classes, width] mean-pooled unit features of the ImageNet class names, by the BERT folder ``name``."""
     from timm.data import ImageNetInfo
 
     tokenizer = Tokenizer(bert_pieces(name))

@@ -25,7 +25,8 @@ def scene_recipe(scenes: Path, folder: Path, *overrides: str, **values: Any) -> 
                 "scenes": {
                     "path": str(scenes), "split": "train", "batch_size": 8, "augment": "flip",
                     "tasks": {
-                        "pretrain": 1, "caption": 1, "vqa": 1, "grounding": 1, "statements": 1, "entailment": 1, "patches": 1,
+                        "pretrain": 1, "caption": 1, "vqa": 1, "grounding": 1, "statements": 1, "entailment": 1,
+                        "patches": 1,
                     },
                 }
             },
