@@ -68,24 +68,22 @@ class PretrainTask:
         first_equal = (block["group"][:, None] == block["group"]).int().argmax(1)
         image_ids = context.image_ids[block["image"]][first_equal]
         temperature = model.temperature.clamp(0.001, 0.5)
-        keys: dict[str, Tensor] = {}
         teacher_image = teacher_text = None
-        if context.teacher is not None:
+        if context.teacher is None:
+            # the other processes' pairs are negatives, too
+            gathered = (context.gather_with_gradient(image.feature), context.gather_with_gradient(text_feature))
+            keys = (*gathered, context.gather(image_ids))
+        else:
             with torch.no_grad(), context.autocast():
                 teacher = context.teacher.model
                 teacher_image = context.teacher_images().feature[block["image"]]
                 encoded = teacher.encode_text(block["ids"], block["mask"])
                 teacher_text = teacher.text_feature(encoded, block["mask"])
-            keys = dict(
-                zip(
-                    ("image_keys", "text_keys", "key_ids"),
-                    self._keys(teacher_image, teacher_text, image_ids, context),
-                    strict=True,
-                )
-            )
+            keys = self._keys(teacher_image, teacher_text, image_ids, context)
         output = contrastive_loss(
             image.feature, text_feature, temperature, image_ids,
-            teacher_image=teacher_image, teacher_text=teacher_text, alpha=context.alpha, **keys,
+            image_keys=keys[0], text_keys=keys[1], key_ids=keys[2],
+            teacher_image=teacher_image, teacher_text=teacher_text, alpha=context.alpha,
         )  # fmt: skip
         losses = {"itc": output.loss} if context.wants("itc") else {}
         if context.wants("itm") and model.config.fusion != "none":

@@ -64,8 +64,8 @@ class Context:
     """What a loss may need beside the model: distillation, queue, the other processes, and a place for counts.
 
     ``teacher_images`` gives the teacher's encoding of the batch's images, computed at the first call. ``gather``
-    joins detached features or ids of all processes; ``autocast`` gives the teacher the compute type of the run;
-    ``counts`` are summed over steps and written to the metrics.
+    joins detached features or ids of all processes, ``gather_with_gradient`` the student's features; ``autocast`` gives
+    the teacher the compute type of the run; ``counts`` are summed over steps and written to the metrics.
     """
 
     alpha: float = 0.0
@@ -77,6 +77,7 @@ class Context:
     teacher_images: Callable[[], ImageEncoding] | None = None
     queue: FeatureQueue | None = None
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    gather_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
     image_ids: Tensor | None = None
     generator: torch.Generator | None = None
     autocast: Callable[[], AbstractContextManager] = nullcontext

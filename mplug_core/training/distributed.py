@@ -47,6 +47,17 @@ class World:
         dist.all_gather(parts, padded.contiguous())
         return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
+    def gather_with_gradient(self, rows: Tensor) -> Tensor:
+        """As :meth:`gather_rows`, but what the other processes' losses say of these rows comes back as gradient."""
+        if self.size == 1:
+            return rows
+        from torch.distributed.nn.functional import all_gather
+
+        counts = self.gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
+        parts = all_gather(padded.contiguous())
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""
         if self.size == 1:

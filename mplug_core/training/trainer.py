@@ -405,6 +405,9 @@ class StageLoop:
             if self.teacher is not None:
                 self.teacher.update(self.module.model, self.engine.whole)
             if self.trainer.average is not None:
+                # a young average would remember the untrained weights
+                total = self.progress.total
+                self.trainer.average.momentum = min(self.recipe.run.average, (total + 1) / (total + 20))
                 self.trainer.average.update(self.module.model, self.engine.whole)
             self.progress.step, self.progress.total = step + 1, self.progress.total + 1
             ended = step + 1 == last
@@ -479,6 +482,7 @@ class StageLoop:
             teacher_images=teacher_images,
             queue=self.queue,
             gather=self.world.gather_rows,
+            gather_with_gradient=self.world.gather_with_gradient,
             image_ids=None if imagined else batch.image_ids + offset,
             generator=generator,
             autocast=self._autocast,

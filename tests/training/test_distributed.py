@@ -1,0 +1,65 @@
+"""Rows of several processes joined: in order, of different numbers, and with gradient."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from mplug_core.objectives.contrastive import contrastive_loss
+from mplug_core.training.distributed import World
+
+PARTS = (3, 5)
+"""Pairs of each process."""
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(sum(PARTS), 6, generator=generator) for _ in range(2))
+    return image, text, torch.arange(sum(PARTS))
+
+
+def loss_of_process(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=len(PARTS))
+    world = World(rank, len(PARTS), rank)
+    image, text, ids = (rows.split(PARTS)[rank].clone() for rows in pairs())
+    image.requires_grad_(True)
+    features = torch.nn.functional.normalize(image, dim=-1)
+    keys = {
+        "image_keys": world.gather_with_gradient(features),
+        "text_keys": world.gather_with_gradient(text),
+        "key_ids": world.gather_rows(ids),
+    }
+    loss = contrastive_loss(features, text, 0.1, ids, **keys).loss * len(ids)
+    loss.backward()
+    torch.save((loss.detach(), image.grad, keys["key_ids"]), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_together_give_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(loss_of_process, (port, str(tmp_path)), nprocs=len(PARTS))
+    losses, gradients, ids = zip(*(torch.load(tmp_path / f"{r}.pt") for r in range(len(PARTS))), strict=True)
+
+    image, text, all_ids = pairs()
+    image.requires_grad_(True)
+    loss = contrastive_loss(torch.nn.functional.normalize(image, dim=-1), text, 0.1, all_ids).loss * len(image)
+    loss.backward()
+    assert all(torch.equal(gathered, all_ids) for gathered in ids)
+    torch.testing.assert_close(sum(losses), loss.detach())
+    torch.testing.assert_close(torch.cat(gradients), image.grad)
+
+
+def test_one_process_gathers_nothing() -> None:
+    rows = torch.ones(2, 3)
+    world = World(0, 1, 0)
+    assert world.gather_rows(rows) is rows
+    assert world.gather_with_gradient(rows) is rows
+    assert world.any(True)
+    assert not world.any(False)
