@@ -12,7 +12,7 @@ from mplug_cli.streams import Input, Inputs, json_line, open_input, read_inputs,
 from mplug_core.errors import SOME_INPUTS_FAILED, MplugError, UsageError
 
 # The defaults of mplug_core.tasks.caption.CaptionTask.decoding, which can't be asked without torch.
-BEAMS, MIN_TOKENS, MAX_TOKENS = 5, 5, 25
+BEAMS, MIN_TOKENS, MAX_TOKENS = 6, 5, 25
 
 if TYPE_CHECKING:
     from mplug_core.generation import Decoding

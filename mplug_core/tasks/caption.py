@@ -74,7 +74,7 @@ class CaptionTask:
 
     name = "caption"
     objectives = ("caption",)
-    decoding = Decoding(strategy="beam", beams=5, min_tokens=5, max_tokens=25, length_penalty=1.0, no_repeat=3)
+    decoding = Decoding(strategy="beam", beams=6, min_tokens=5, max_tokens=25, length_penalty=1.0, no_repeat=3)
 
     def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
         return read_captions(path, split, format, text_only=text_only)

@@ -45,6 +45,7 @@ CHANGES = [
     "engine.name=plain",
     "stages.see.steps=350",
     "stages.learn.steps=700",
+    "stages.all.steps=50",
     "run.log_every=50",
     "run.save_every=100000",
     "run.evaluate_every=0",
