@@ -44,8 +44,8 @@ SCENES = 4000
 CHANGES = [
     "engine.name=plain",
     "stages.see.steps=350",
-    "stages.learn.steps=700",
-    "stages.all.steps=50",
+    "stages.learn.steps=420",
+    "stages.all.steps=20",
     "run.log_every=50",
     "run.save_every=100000",
     "run.evaluate_every=0",
@@ -145,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.learning", description=__doc__.splitlines()[0])
     parser.add_argument("--control", choices=CONTROLS, help="break one thing")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     changes: list[str] = []
