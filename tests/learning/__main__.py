@@ -1,6 +1,6 @@
 """Prove that the model learns: train on a small world of scenes for some minutes, and pass thresholds.
 
-    python -m tests.learning                  # the proof: about four minutes on two cores; ends with 1 if it fails
+    python -m tests.learning                  # the proof: about four minutes; ends with 1 if it fails
     python -m tests.learning --control NAME   # the same with one thing broken: it must miss at least one threshold
 
 A loss that falls proves little: a decoder that sees its own answer has the lowest of all. So what is measured is what
@@ -44,22 +44,20 @@ SCENES = 4000
 CHANGES = [
     "engine.name=plain",
     "stages.see.steps=350",
-    "stages.learn.steps=420",
+    "stages.learn.steps=560",
     "stages.all.steps=20",
     "run.log_every=50",
     "run.save_every=100000",
     "run.evaluate_every=0",
     "evaluate.val.limit=300",
 ]
-# The lowest of three seeds minus 0.05, and above what every control that should miss it reaches.
+# Well below what the proof reaches, well above what the controls do (docs/learning.md).
 THRESHOLDS: dict[str, float] = {
-    "val/vqa/accuracy_color": 0.60,
-    "val/vqa/accuracy_shape": 0.55,
-    "val/vqa/accuracy_exists": 0.60,
-    "val/caption/objects": 0.25,
-    "val/statements/accuracy": 0.55,
-    "val/grounding/accuracy_iou50": 0.10,
-    "val/retrieval/t2i_r1": 0.30,
+    "val/vqa/accuracy": 0.52,
+    "val/vqa/accuracy_color": 0.70,
+    "val/vqa/accuracy_size": 0.68,
+    "val/caption/objects": 0.08,
+    "val_100/retrieval/t2i_r1": 0.40,
 }
 
 
@@ -126,7 +124,7 @@ def two_processes(folder: Path, data: Path, start: Path) -> float:
     """The mean loss of some steps from the trained model on two processes with ZeRO-2 in bf16."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mplug_cli.app", "pretrain",
-        "--recipe", "tiny", "--run", str(folder), *CHANGES, f"data.root={data}", "engine.name=deepspeed",
+        "--recipe", "tiny", f"run.folder={folder}", *CHANGES, f"data.root={data}", "engine.name=deepspeed",
         "engine.zero_stage=2", "engine.threads=1", f"start.model={start}", 'stages=[{name: more, steps: 30}]',
         "optimizer.lr=1e-4", "run.log_every=30", "evaluate={}", "data.sources.scenes.batch_size=16",
     ]  # fmt: skip
