@@ -24,9 +24,6 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-TOWERS = ("visual", "text", "fusion", "decoder")
-OBJECTIVES = ("itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches")
-TASKS = ("pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches")
 
 Tower = Literal["visual", "text", "fusion", "decoder"]
 Objective = Literal["itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"]

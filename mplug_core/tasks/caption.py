@@ -115,9 +115,8 @@ class CaptionTask:
         captions = {record.image_id: answer.text for record, answer in predictions}
         references = {record.image_id: list(record.captions) for record, _ in predictions}
         metrics = scene_metrics(records.source, predictions) or score_captions(captions, references)
-        skipped = len(evaluation.skipped) + len(records.missing) + len(records.broken)
         listed = [{"image": str(r.image), "caption": a.text, "score": round(a.score, 4)} for r, a in predictions]
-        return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, listed)
+        return evaluation.result(self.name, records, metrics, listed)
 
 
 def scene_graphs(source: Path) -> Path | None:

@@ -10,9 +10,10 @@ import torch
 
 from mplug_core.data.batches import Drawn, image_keys
 from mplug_core.data.images import eval_transform, open_image
+from mplug_core.data.records import Records
 from mplug_core.errors import DataError, ImageError
 from mplug_core.model.mplug import ImageEncoding
-from mplug_core.tasks.task import Ready
+from mplug_core.tasks.task import Ready, Result
 
 
 class Evaluation:
@@ -33,6 +34,13 @@ class Evaluation:
     def n(self) -> int:
         """Records that were answered."""
         return len(self.records) - len(self.skipped)
+
+    def result(
+        self, task: str, records: Records[Any], metrics: dict[str, float], predictions: list[dict[str, Any]]
+    ) -> Result:
+        """The outcome; skipped is what was not answered here, and what the reader of ``records`` could not use."""
+        skipped = len(self.skipped) + len(records.missing) + len(records.broken)
+        return Result(task, self.n, skipped, metrics, self.seconds, predictions)
 
     def __iter__(self) -> Iterator[tuple[ImageEncoding, list[Drawn]]]:
         began = time.perf_counter()

@@ -72,8 +72,7 @@ class GroundingTask:
             "accuracy_iou50": sum(o >= 0.5 for o in overlaps) / max(len(overlaps), 1),
             "iou": sum(overlaps) / max(len(overlaps), 1),
         }
-        skipped = len(evaluation.skipped) + len(records.missing) + len(records.broken)
-        return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, predictions)
+        return evaluation.result(self.name, records, metrics, predictions)
 
 
 @torch.inference_mode()

@@ -70,8 +70,7 @@ class ClassificationTask:
                 text = getattr(record, self._text)
                 predictions.append({self._text: text, "label": label, "probability": round(float(row.max()), 4)})
         metrics = {"accuracy": sum(right) / max(len(right), 1)}
-        skipped = len(evaluation.skipped) + len(records.missing) + len(records.broken)
-        return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, predictions)
+        return evaluation.result(self.name, records, metrics, predictions)
 
 
 def classify(model: Mplug, classifier: str, images: ImageEncoding, which: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ class RetrievalTask:
             i2t = rerank(ready, scores.T, images, encoded, candidates, by_image=True).T
         metrics = {f"i2t_r{k}": recall(i2t.T, relevant.T, k) for k in (1, 5, 10)}
         metrics |= {f"t2i_r{k}": recall(t2i, relevant, k) for k in (1, 5, 10)}
-        skipped = len(evaluation.skipped) + len(records.missing) + len(records.broken)
-        return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, [])
+        return evaluation.result(self.name, records, metrics, [])
 
 
 def recall(scores: Tensor, relevant: Tensor, k: int) -> float:

@@ -75,8 +75,7 @@ class VqaTask:
                     right[f"accuracy_{record.kind}"].append(score)
                 predictions.append({"image": str(record.image), "question": record.question, "answer": answer})
         metrics = {name: sum(values) / len(values) for name, values in sorted(right.items())}
-        skipped = len(evaluation.skipped) + len(records.missing) + len(records.broken)
-        return Result(self.name, evaluation.n, skipped, metrics, evaluation.seconds, predictions)
+        return evaluation.result(self.name, records, metrics, predictions)
 
 
 @torch.inference_mode()

@@ -130,8 +130,7 @@ def two_processes(folder: Path, data: Path, start: Path) -> float:
     ]  # fmt: skip
     command = [part for part in command if not part.startswith(("stages.", "evaluate."))]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return next(line["loss"] for line in reversed(lines) if "loss" in line)
+    return last_loss(folder)
 
 
 def last_loss(folder: Path) -> float:
