@@ -15,7 +15,8 @@ from mplug_core.errors import DataError, MplugError, UsageError
 from mplug_core.recipe import nearest
 
 if TYPE_CHECKING:
-    from mplug_core.tasks.task import Result
+    from mplug_core.recipe import DataSpec
+    from mplug_core.tasks.task import EvaluateOptions, Result
     from mplug_core.weights.folder import Loaded
 
 # The names of mplug_core.tasks.registry.EVALUATED, which can't be asked without torch.
@@ -63,13 +64,16 @@ def evaluate(
 
     import torch
 
+    from mplug_core.recipe import DataSpec
     from mplug_core.tasks.registry import evaluated_task
+    from mplug_core.tasks.task import EvaluateOptions
     from mplug_core.weights.folder import load_model
 
     # before anything is computed: nothing is worse than an hour's predictions with nowhere to go
     out = _open(predictions)
     loaded = load_model(model, choose_device(device))
-    options: dict[str, Any] = {"format": layout, "limit": limit, "batch_size": batch_size}
+    spec = DataSpec(path=data, split=split, format=layout)
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
     chosen = evaluated_task(task)
     if beam is not None:
         options["decoding"] = chosen.decoding.model_copy(
@@ -78,8 +82,8 @@ def evaluate(
     if candidates is not None:
         options["candidates"] = candidates
     try:
-        result = chosen.evaluate(loaded, data, split, **options)
-        found = _baseline(loaded, data, split, train, train_split, layout, limit, batch_size) if baseline else None
+        result = chosen.evaluate(loaded, spec, EvaluateOptions(**options))
+        found = _baseline(loaded, spec, train, train_split, EvaluateOptions(**options)) if baseline else None
     except torch.cuda.OutOfMemoryError as error:
         raise MplugError("the GPU's memory does not suffice", f"--batch-size is {batch_size}", "memory") from error
     if result.skipped:
@@ -126,19 +130,13 @@ def _open(file: Path | None) -> Any:
 
 
 def _baseline(
-    loaded: Loaded,
-    data: str,
-    split: str | None,
-    train: str | None,
-    train_split: str | None,
-    layout: str | None,
-    limit: int | None,
-    batch_size: int,
+    loaded: Loaded, spec: DataSpec, train: str | None, train_split: str | None, options: EvaluateOptions
 ) -> Result:
+    from mplug_core.recipe import DataSpec
     from mplug_core.tasks.nearest import nearest_captions
 
     assert train is not None
-    return nearest_captions(loaded, train, data, split, train_split, layout, limit, batch_size)
+    return nearest_captions(loaded, DataSpec(path=train, split=train_split), spec, options)
 
 
 def _as_object(result: Result, model: str, data: str, split: str | None, baseline: Result | None) -> dict[str, Any]:

@@ -26,9 +26,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 Tower = Literal["visual", "text", "fusion", "decoder"]
-Objective = Literal["itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"]
+Objective = Literal[
+    "itc", "itm", "mlm", "prefix_lm", "caption", "self_critical", "answer", "box", "statement", "entailment", "patches"
+]
 EvaluatedName = Literal["caption", "vqa", "retrieval", "grounding", "statements", "entailment"]
-TaskName = Literal["pretrain", "caption", "vqa", "grounding", "statements", "entailment", "patches"]
+TaskName = Literal["pretrain", "retrieval", "caption", "vqa", "grounding", "statements", "entailment", "patches"]
 
 
 CLASSES = {"statement": (2, ("false", "true")), "entailment": (1, ("entailment", "neutral", "contradiction"))}
@@ -109,7 +111,7 @@ class ModelSection(Section):
 
     def lacks_for(self, objective: str) -> str | None:
         """What the model would need for an objective and doesn't have."""
-        if objective in ("prefix_lm", "caption", "answer", "box") and not self.decoder_layers:
+        if objective in ("prefix_lm", "caption", "self_critical", "answer", "box") and not self.decoder_layers:
             return "model.decoder_layers"
         if objective == "box" and not self.box_bins:
             return "model.box_bins"
@@ -122,12 +124,18 @@ class ModelSection(Section):
         return None
 
 
-class SourceSection(Section):
-    """One data set of the mix. Every step takes ``batch_size`` images of each source (per process)."""
+class DataSpec(Section):
+    """Where records are: a file or folder, the part of it, its layout and its images if they don't show themselves."""
 
     path: str
     split: str | None = None
-    format: str | None = None
+    format: str | None = Field(None, description="default: what the file looks like")
+    images: str | None = Field(None, description="folder that image names are relative to; default: by the layout")
+
+
+class SourceSection(DataSpec):
+    """One data set of the mix. Every step takes ``batch_size`` images of each source (per process)."""
+
     batch_size: Positive = 16
     weight: float = Field(1.0, gt=0, description="of an image of this source in the mean")
     text_only: bool = Field(False, description="captions without photos: stand-ins are made from the text feature")
@@ -254,14 +262,12 @@ class RunSection(Section):
     average: Fraction = Field(0.0, description="momentum of the exported average of the weights; 0: none")
 
 
-class EvaluateSection(Section):
+class EvaluateSection(DataSpec):
     """What is measured every ``run.evaluate_every`` steps and at the end."""
 
-    path: str
-    split: str | None = None
-    format: str | None = None
     tasks: list[EvaluatedName]
     limit: Positive | None = None
+    options: dict[str, Any] = Field(default_factory=dict, description="further options of the tasks' evaluations")
 
 
 class Recipe(Section):

@@ -19,8 +19,9 @@ from mplug_core.generation import Decoding, generate
 from mplug_core.metrics.caption import score_captions
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.prefix_language import sequence_loss
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class CaptionTask:
 
     name = "caption"
     objectives = ("caption",)
+    options = ("decoding",)
     decoding = Decoding(strategy="beam", beams=6, min_tokens=5, max_tokens=25, length_penalty=1.0, no_repeat=3)
 
-    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
-        return read_captions(path, split, format, text_only=text_only)
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        return read_captions(spec.path, spec.split, spec.format, spec.images, text_only)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         ids, mask = texts.encode([clean_caption(rng.choice(record.captions)) for _, record in drawn])
@@ -91,19 +93,11 @@ class CaptionTask:
         loss = sequence_loss(logits, block["target_ids"], block["target_mask"], label_smoothing=context.label_smoothing)
         return {"caption": loss}
 
-    def evaluate(
-        self,
-        ready: Ready,
-        path: str,
-        split: str | None = None,
-        format: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 32,
-        decoding: Decoding | None = None,
-    ) -> Result:
+    def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """pycocoevalcap's metrics; on scenes also ``objects``, the share of captions with every object right."""
-        records = self.read(path, split, format)
-        evaluation = Evaluation(ready, records.records, batch_size, limit)
+        records = self.read(spec)
+        evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
+        decoding = options.decoding
         if decoding is None:
             # the grammar of scenes repeats itself: "and a small" comes before every small object
             decoding = self.decoding.model_copy(update={"no_repeat": 0} if scene_graphs(records.source) else {})

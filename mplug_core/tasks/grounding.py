@@ -14,8 +14,9 @@ from mplug_core.data.text import clean_question
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.box import bins_to_box, box_iou, box_to_bins, box_token_loss
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
 
 
 class GroundingTask:
@@ -23,9 +24,10 @@ class GroundingTask:
 
     name = "grounding"
     objectives = ("box",)
+    options = ()
 
-    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
-        return read_phrases(path, split)
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        return read_phrases(spec.path, spec.split)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         tokenizer = texts.tokenizer
@@ -47,18 +49,10 @@ class GroundingTask:
         logits = model.decode(block["inputs"], memory, mask)
         return {"box": box_token_loss(logits, block["bins"], block["box_ids"], base=1.0)}
 
-    def evaluate(
-        self,
-        ready: Ready,
-        path: str,
-        split: str | None = None,
-        format: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 32,
-    ) -> Result:
+    def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Accuracy at IoU 0.5, and the mean IoU."""
-        records = self.read(path, split, format)
-        evaluation = Evaluation(ready, records.records, batch_size, limit)
+        records = self.read(spec)
+        evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         overlaps: list[float] = []
         predictions = []
         for images, drawn in evaluation:

@@ -11,26 +11,24 @@ import torch
 
 from mplug_core.data.records import read_captions
 from mplug_core.metrics.caption import score_captions
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Ready, Result, rows
+from mplug_core.tasks.task import EvaluateOptions, Ready, Result, rows
 
 
 @torch.inference_mode()
 def nearest_captions(
     ready: Ready,
-    train: str,
-    path: str,
-    split: str | None = None,
-    train_split: str | None = None,
-    format: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 32,
+    train: DataSpec,
+    spec: DataSpec,
+    options: EvaluateOptions = EvaluateOptions(),
 ) -> Result:
     """Caption metrics of the first caption of the nearest photo of ``train``, a photo itself excepted."""
     began = time.perf_counter()
-    records = read_captions(path, split, format)
-    known, known_features, _ = _features(ready, read_captions(train, train_split).records, batch_size)
-    asked, features, skipped = _features(ready, records.records, batch_size, limit)
+    records = read_captions(spec.path, spec.split, spec.format, spec.images)
+    others = read_captions(train.path, train.split, train.format, train.images)
+    known, known_features, _ = _features(ready, others.records, options.batch_size)
+    asked, features, skipped = _features(ready, records.records, options.batch_size, options.limit)
     similarity = features @ known_features.T
     places = {record.image: place for place, record in enumerate(known)}
     for row, record in enumerate(asked):

@@ -18,6 +18,7 @@ from mplug_core.data.records import Records
 from mplug_core.data.scenes import WORLD, patch_labels, read_scenes
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.task import Context, Texts, rows
 
 
@@ -33,6 +34,7 @@ class PatchTask(nn.Module):
 
     name = "patches"
     objectives = ("patches",)
+    options = ()
 
     def __init__(self, config: MplugConfig, grid: int) -> None:
         """``grid``: the image's tokens are ``grid`` x ``grid`` cells, behind any other tokens."""
@@ -41,8 +43,8 @@ class PatchTask(nn.Module):
         self.counts = {"shape": len(WORLD.shapes) + 1, "color": len(WORLD.colors) + 1, "size": len(WORLD.sizes) + 1}
         self.head = nn.Linear(config.width, sum(self.counts.values()) + 4)
 
-    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
-        source = Path(path) / (split or "train") / "scenes.jsonl"
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        source = Path(spec.path) / (spec.split or "train") / "scenes.jsonl"
         return Records([SceneImage(image, scene) for image, scene in read_scenes(source)], source, "jsonl")
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:

@@ -17,6 +17,7 @@ from mplug_core.objectives.contrastive import contrastive_loss
 from mplug_core.objectives.masked_language import IGNORED, mask_tokens, masked_language_loss
 from mplug_core.objectives.matching import hard_negatives, matching_loss
 from mplug_core.objectives.prefix_language import sequence_loss, split_prefix
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.task import Context, Texts, rows
 
 
@@ -25,9 +26,10 @@ class PretrainTask:
 
     name = "pretrain"
     objectives = ("itc", "itm", "mlm", "prefix_lm")
+    options = ()
 
-    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
-        return read_captions(path, split, format, text_only=text_only)
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        return read_captions(spec.path, spec.split, spec.format, spec.images, text_only)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         captions = [clean_caption(rng.choice(record.captions)) for _, record in drawn]

@@ -14,9 +14,9 @@ from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.records import Records, read_entailments, read_statements
 from mplug_core.data.text import clean_caption
 from mplug_core.model.mplug import ImageEncoding, Mplug
-from mplug_core.recipe import CLASSES
+from mplug_core.recipe import CLASSES, DataSpec
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
 
 LABELS = {name: labels for name, (_, labels) in CLASSES.items()}
 
@@ -29,10 +29,11 @@ class ClassificationTask:
     ) -> None:
         self.name, self.classifier = name, classifier
         self.objectives = (classifier,)
+        self.options = ()
         self._reader, self._text, self._label = reader, text, label
 
-    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
-        return self._reader(path, split)
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        return self._reader(spec.path, spec.split)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         ids, mask = texts.encode([clean_caption(getattr(record, self._text)) for _, record in drawn])
@@ -46,19 +47,11 @@ class ClassificationTask:
         return {self.classifier: F.cross_entropy(logits.float(), block["labels"])}
 
     @torch.inference_mode()
-    def evaluate(
-        self,
-        ready: Ready,
-        path: str,
-        split: str | None = None,
-        format: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 32,
-    ) -> Result:
+    def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Accuracy."""
         need(self.classifier in ready.config.classifiers, f"classifier {self.classifier}")
-        records = self.read(path, split, format)
-        evaluation = Evaluation(ready, records.records, batch_size, limit)
+        records = self.read(spec)
+        evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         right: list[bool] = []
         predictions = []
         for images, drawn in evaluation:

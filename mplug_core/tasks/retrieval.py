@@ -10,8 +10,9 @@ from torch import Tensor
 from mplug_core.data.records import read_captions
 from mplug_core.data.text import clean_caption
 from mplug_core.model.mplug import ImageEncoding
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Ready, Result, need, rows
+from mplug_core.tasks.task import EvaluateOptions, Ready, Result, need, rows
 
 
 class RetrievalTask:
@@ -19,24 +20,16 @@ class RetrievalTask:
 
     name = "retrieval"
     objectives = ("itc", "itm")
+    options = ("candidates", "rerank")
 
     @torch.inference_mode()
-    def evaluate(
-        self,
-        ready: Ready,
-        path: str,
-        split: str | None = None,
-        format: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 32,
-        candidates: int = 0,
-    ) -> Result:
+    def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Recall at 1, 5, 10 both ways; the ``candidates`` best by ITC are re-ranked by ITM (0: ITC alone).
 
         Every caption of an image counts, and so does an image one of whose captions is the query, word for word.
         """
-        records = read_captions(path, split, format)
-        evaluation = Evaluation(ready, records.records, batch_size, limit)
+        records = read_captions(spec.path, spec.split, spec.format, spec.images)
+        evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         parts, kept = [], []
         for images, drawn in evaluation:
             parts.append(images[rows(drawn)])
@@ -53,6 +46,7 @@ class RetrievalTask:
             encoded += [(text[i], mask[i]) for i in range(len(text))]
         scores = (torch.cat(features) @ images.feature.T).float().cpu()
         t2i = i2t = scores
+        candidates = options.candidates or 0
         if candidates:
             t2i = rerank(ready, scores, images, encoded, candidates)
             i2t = rerank(ready, scores.T, images, encoded, candidates, by_image=True).T

@@ -10,17 +10,20 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.text import Tokenizer, pad
 from mplug_core.errors import CheckpointError
+from mplug_core.generation import Decoding
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.model.teacher import FeatureQueue, Teacher
+from mplug_core.recipe import DataSpec
 
 
 @dataclass
@@ -103,13 +106,32 @@ class Result:
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
 
+class EvaluateOptions(BaseModel):
+    """How to evaluate. A task uses ``limit`` and ``batch_size`` (images at once), and of the others those that its
+    ``options`` names.
+
+    ``decoding`` replaces the task's own; ``answers`` are candidates to rank instead of generating; ``candidates`` is
+    how many of the best by ITC are re-ranked by ITM (0: none), with the score that ``rerank`` names.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: Annotated[int, Field(gt=0)] | None = None
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    decoding: Decoding | None = None
+    answers: tuple[str, ...] | None = None
+    candidates: Annotated[int, Field(ge=0)] | None = None
+    rerank: Literal["itm", "itm+itc"] = "itm"
+
+
 class Task(Protocol):
     """What a task file offers."""
 
     name: str
     objectives: tuple[str, ...]
+    options: tuple[str, ...]
 
-    def read(self, path: str, split: str | None, format: str | None, text_only: bool) -> Any:
+    def read(self, spec: DataSpec, text_only: bool = False) -> Any:
         """The task's :class:`~mplug_core.data.records.Records`."""
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
@@ -118,7 +140,7 @@ class Task(Protocol):
     def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         """Scalar losses by objective."""
 
-    def evaluate(self, ready: Ready, path: str, split: str | None, **options: Any) -> Result:
+    def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Answer every record and score the answers."""
 
 

@@ -15,9 +15,10 @@ from mplug_core.data.text import clean_caption, clean_question
 from mplug_core.generation import Decoding
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.prefix_language import sequence_loss
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import answers
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, Ready, Result, Texts, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, rows
 
 
 class VqaTask:
@@ -25,10 +26,11 @@ class VqaTask:
 
     name = "vqa"
     objectives = ("answer",)
+    options = ("decoding",)
     decoding = Decoding(strategy="greedy", min_tokens=1, max_tokens=10)
 
-    def read(self, path: str, split: str | None, format: str | None = None, text_only: bool = False) -> Records[Any]:
-        return read_questions(path, split)
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        return read_questions(spec.path, spec.split)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         ids, mask = texts.encode([clean_question(record.question) for _, record in drawn])
@@ -46,24 +48,15 @@ class VqaTask:
         logits = model.decode(block["target_ids"], memory, mask)
         return {"answer": sequence_loss(logits, block["target_ids"], block["target_mask"])}
 
-    def evaluate(
-        self,
-        ready: Ready,
-        path: str,
-        split: str | None = None,
-        format: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 32,
-        decoding: Decoding | None = None,
-    ) -> Result:
+    def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Accuracy of the exact answer, also by kind of question: right if three of ten annotators gave it, in parts
         if fewer."""
-        records = self.read(path, split, format)
-        evaluation = Evaluation(ready, records.records, batch_size, limit)
+        records = self.read(spec)
+        evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         right: dict[str, list[float]] = defaultdict(list)
         predictions = []
         for images, drawn in evaluation:
-            found = answer_questions(ready, images, drawn, decoding or self.decoding)
+            found = answer_questions(ready, images, drawn, options.decoding or self.decoding)
             for (_, record), answer in zip(drawn, found, strict=True):
                 share = sum(
                     w for a, w in zip(record.answers, record.weights, strict=True) if clean_caption(a) == answer

@@ -23,10 +23,10 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import alpha_ramp
-from mplug_core.recipe import Recipe, StageSection, nearest
+from mplug_core.recipe import DataSpec, Recipe, StageSection, nearest
 from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
-from mplug_core.tasks.task import Context, Ready, Texts
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Texts
 from mplug_core.training.alignment import Alignment
 from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, restore_random, write_checkpoint
 from mplug_core.training.distributed import World
@@ -103,6 +103,11 @@ class Trainer:
     def _path(self, path: str) -> str:
         return os.path.expanduser(path.replace("{root}", self.recipe.data.root).replace("{run}", str(self.folder)))
 
+    def _placed(self, spec: DataSpec) -> DataSpec:
+        """``spec`` with its paths filled in."""
+        images = self._path(spec.images) if spec.images else None
+        return spec.model_copy(update={"path": self._path(spec.path), "images": images})
+
     def _render_scenes(self) -> None:
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
         if scenes is None or folder.exists():
@@ -134,7 +139,7 @@ class Trainer:
         for task in section.tasks:
             if task == "patches":
                 continue
-            records = TASKS[task].read(self._path(section.path), section.split, section.format, section.text_only)
+            records = TASKS[task].read(self._placed(section), section.text_only)
             for record in records:
                 values = vars(record)
                 texts += [clean_caption(text, 1000) for text in values.get("captions", ()) or values.get("answers", ())]
@@ -164,7 +169,7 @@ class Trainer:
         section = self.recipe.data.sources[name]
         records: dict[str, Any] = {}
         for task in section.tasks:
-            found = self.tasks[task].read(self._path(section.path), section.split, section.format, section.text_only)
+            found = self.tasks[task].read(self._placed(section), section.text_only)
             bad = len(found.missing) + len(found.broken)
             if bad:
                 self.watch("note", {"text": found.report()})
@@ -363,9 +368,8 @@ class Trainer:
         metrics: dict[str, float] = {}
         for name, section in self.recipe.evaluate.items():
             for task in section.tasks:
-                result = evaluated_task(task).evaluate(
-                    ready, self._path(section.path), section.split, section.format, section.limit
-                )
+                options = EvaluateOptions(limit=section.limit, **section.options)
+                result = evaluated_task(task).evaluate(ready, self._placed(section), options)
                 metrics |= {f"{name}/{task}/{metric}": value for metric, value in result.metrics.items()}
         return metrics
 

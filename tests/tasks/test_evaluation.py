@@ -15,13 +15,18 @@ from mplug_core.data.records import QuestionRecord, read_captions
 from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError, DataError, UsageError
 from mplug_core.generation import Decoding
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks import vqa
 from mplug_core.tasks.caption import caption_images, forbidden_tokens
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.registry import EVALUATED, TASKS, evaluated_task
 from mplug_core.tasks.retrieval import recall, rerank
-from mplug_core.tasks.task import Ready, rows
+from mplug_core.tasks.task import EvaluateOptions, Ready, rows
 from tests.small import CLASSIFIERS, CNN, small_model
+
+
+def train(folder: Path) -> DataSpec:
+    return DataSpec(path=str(folder), split="train")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def test_broken_and_missing_images_are_counted(ready: Ready, damaged: Path, task
     options: dict[str, Any] = (
         {"decoding": Decoding(strategy="greedy", max_tokens=4)} if task in ("caption", "vqa") else {}
     )
-    result = evaluated_task(task).evaluate(ready, str(damaged), "train", batch_size=7, **options)
+    result = evaluated_task(task).evaluate(ready, train(damaged), EvaluateOptions(batch_size=7, **options))
     records = 18 if task in ("caption", "retrieval") else None
     if records:
         assert (result.n, result.skipped) == (18, 2)
@@ -69,7 +74,7 @@ def test_broken_and_missing_images_are_counted(ready: Ready, damaged: Path, task
 
 
 def test_chunks_have_at_most_batch_size_images_and_keep_the_order(ready: Ready, scenes: Path) -> None:
-    records = list(TASKS["statements"].read(str(scenes), "train"))[:11]
+    records = list(TASKS["statements"].read(train(scenes)))[:11]
     evaluation = Evaluation(ready, records, batch_size=5)
     seen = []
     for images, drawn in evaluation:
@@ -81,13 +86,14 @@ def test_chunks_have_at_most_batch_size_images_and_keep_the_order(ready: Ready, 
 
 def test_batch_size_changes_no_answer(ready: Ready, scenes: Path) -> None:
     results = [
-        TASKS["vqa"].evaluate(ready, str(scenes), "train", limit=30, batch_size=size).predictions for size in (1, 16)
+        TASKS["vqa"].evaluate(ready, train(scenes), EvaluateOptions(limit=30, batch_size=size)).predictions
+        for size in (1, 16)
     ]
     assert results[0] == results[1]
 
 
 def test_limit_is_a_number_of_records(ready: Ready, scenes: Path) -> None:
-    assert TASKS["vqa"].evaluate(ready, str(scenes), "train", limit=5).n == 5
+    assert TASKS["vqa"].evaluate(ready, train(scenes), EvaluateOptions(limit=5)).n == 5
 
 
 @pytest.mark.parametrize("task", EVALUATED)
@@ -95,7 +101,7 @@ def test_no_readable_image_is_an_error(ready: Ready, damaged: Path, task: str) -
     for image in (damaged / "train" / "images").iterdir():
         image.write_bytes(b"")
     with pytest.raises(DataError, match="none of the"):
-        evaluated_task(task).evaluate(ready, str(damaged), "train")
+        evaluated_task(task).evaluate(ready, train(damaged))
 
 
 def test_no_records_is_an_error(ready: Ready) -> None:
@@ -120,7 +126,7 @@ def test_model_without_the_part(
     small = Ready(small_model(vision=CNN, vocab_size=tokenizer.vocab_size, max_positions=64, **fields), tokenizer)
     options = {"candidates": 3} if task == "retrieval" else {}
     with pytest.raises(CheckpointError, match=f"this model has no {lacks}"):
-        evaluated_task(task).evaluate(small, str(scenes), "train", limit=4, **options)
+        evaluated_task(task).evaluate(small, train(scenes), EvaluateOptions(limit=4, **options))
 
 
 def test_model_without_boxes(scenes: Path) -> None:
@@ -129,7 +135,7 @@ def test_model_without_boxes(scenes: Path) -> None:
     plain = Tokenizer(build_vocabulary(["the red circle"]))
     small = Ready(small_model(vision=CNN, vocab_size=plain.vocab_size, max_positions=64), plain)
     with pytest.raises(CheckpointError, match="no box tokens"):
-        TASKS["grounding"].evaluate(small, str(scenes), "train", limit=4)
+        TASKS["grounding"].evaluate(small, train(scenes), EvaluateOptions(limit=4))
 
 
 def test_unknown_task_names_the_nearest() -> None:
@@ -173,7 +179,7 @@ class TestVqaScore:
         )
         monkeypatch.setattr(vqa, "read_questions", lambda path, split: records)
         monkeypatch.setattr(vqa, "answer_questions", lambda *args: [said])
-        result = TASKS["vqa"].evaluate(ready, "x")
+        result = TASKS["vqa"].evaluate(ready, DataSpec(path="x"))
         assert result.metrics == {"accuracy": pytest.approx(score), "accuracy_color": pytest.approx(score)}
 
 
@@ -211,7 +217,7 @@ class TestRetrieval:
         monkeypatch.setattr(ready.model, "text_feature", feature)
         monkeypatch.setattr(ready.model, "encode_image", encode_image)
         monkeypatch.setattr("mplug_core.tasks.retrieval.clean_caption", lambda text: text + str(id(text)))
-        metrics = TASKS["retrieval"].evaluate(ready, str(scenes), "train", limit=6).metrics
+        metrics = TASKS["retrieval"].evaluate(ready, train(scenes), EvaluateOptions(limit=6)).metrics
         assert metrics["t2i_r1"] == pytest.approx(0.5)
 
     def test_rerank_puts_candidates_first_in_the_order_of_their_match(self, ready: Ready) -> None:

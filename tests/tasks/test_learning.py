@@ -17,6 +17,7 @@ from mplug_core.data.text import Tokenizer, clean_caption
 from mplug_core.generation import Decoding
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.box import box_iou
+from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import describe
 from mplug_core.tasks.grounding import find_boxes
 from mplug_core.tasks.reasoning import classify
@@ -33,7 +34,7 @@ class Lesson:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, task: str, count: int = 8) -> None:
         self.task = TASKS[task]
-        records = list(self.task.read(str(folder), "train"))
+        records = list(self.task.read(DataSpec(path=str(folder), split="train")))
         seen: dict[Any, int] = {}
         self.drawn: list[Drawn] = []
         texts: set[str] = set()
