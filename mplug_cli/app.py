@@ -19,8 +19,13 @@ from mplug_cli import show
 from mplug_cli.caption import caption
 from mplug_cli.data import data
 from mplug_cli.eval import evaluate
+from mplug_cli.finetune import finetune
+from mplug_cli.ground import ground
 from mplug_cli.pretrain import pretrain
+from mplug_cli.reason import reason
 from mplug_cli.recipe import recipe
+from mplug_cli.retrieve import retrieve
+from mplug_cli.vqa import vqa
 from mplug_core.errors import INTERRUPTED, MplugError, UsageError
 
 # Base class of the parser's own errors; where it lives differs between versions of typer.
@@ -57,7 +62,12 @@ def _options(
 
 
 app.command("caption")(caption)
+app.command("vqa")(vqa)
+app.command("ground")(ground)
+app.command("reason")(reason)
+app.command("retrieve")(retrieve)
 app.command("pretrain")(pretrain)
+app.command("finetune")(finetune)
 app.command("eval")(evaluate)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplug_cli import show
-from mplug_cli.device import check_device, choose_device
-from mplug_cli.streams import Input, Inputs, json_line, open_input, read_inputs, write_line
-from mplug_core.errors import SOME_INPUTS_FAILED, MplugError, UsageError
+from mplug_cli.answering import Asked, Question, Request, Requests, answer_requests, load
+from mplug_cli.device import check_device
+from mplug_cli.streams import Inputs, read_inputs
+from mplug_core.errors import MplugError, UsageError
 
 # The defaults of mplug_core.tasks.caption.CaptionTask.decoding, which can't be asked without torch.
 BEAMS, MIN_TOKENS, MAX_TOKENS = 6, 5, 25
 
 if TYPE_CHECKING:
-    from mplug_core.generation import Decoding
-    from mplug_core.weights.folder import Loaded
+    from mplug_core.model.mplug import ImageEncoding
+    from mplug_core.tasks.caption import Answer
 
 
 def caption(
@@ -64,20 +64,21 @@ def caption(
 
     import torch
 
-    from mplug_core.tasks.caption import CaptionTask
-    from mplug_core.weights.folder import load_model
+    from mplug_core.tasks.caption import CaptionTask, describe
 
     decoding = CaptionTask.decoding.model_copy(update=settings)
-    loaded = load_model(model, choose_device(device), without=("text", "fusion"))
-    if loaded.is_embedded:
-        show.note("the embedded model is a small demonstration model and often wrong (--model takes another)", quiet)
+    loaded = load(model, device, quiet, without=("text", "fusion"))
     if seed is not None:
         torch.manual_seed(seed)
-    failed = _answer(inputs, loaded, decoding, as_json, batch_size, quiet)
-    if failed and inputs.total != 1:
-        show.note(f"{failed} of the images could not be read: see their error in the results", quiet)
-    if failed:
-        raise typer.Exit(1 if inputs.plain else SOME_INPUTS_FAILED)
+
+    def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
+        rows = torch.tensor([a.rows[0] for a in asked], device=loaded.device)
+        return [_fields(captions, n > 1) for captions in describe(loaded, images[rows], decoding)]
+
+    answer_requests(
+        _as_requests(inputs), loaded, answer, _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
+        what="captions", failure="of the images could not be read",
+    )  # fmt: skip
 
 
 def _decoding(
@@ -115,48 +116,16 @@ def _decoding(
     return settings
 
 
-def _answer(inputs: Inputs, loaded: Loaded, decoding: Decoding, as_json: bool, batch_size: int, quiet: bool) -> int:
-    """Write the answers in order, batch by batch; how many inputs failed."""
-    import torch
+def _as_requests(inputs: Inputs) -> Requests:
+    items = (Request((item,), (Question({"image": item.name}),)) for item in inputs.items)
+    return Requests(items, inputs.plain, inputs.total)
 
-    from mplug_core.data.ahead import batches_ahead
-    from mplug_core.data.images import eval_transform
-    from mplug_core.tasks.caption import caption_images
 
-    vision = loaded.config.vision
-    transform = eval_transform(vision.image_size, vision.mean, vision.std)
+def _fields(captions: list[Answer], several: bool) -> dict[str, Any]:
+    """The best caption, and where several are wanted all of them."""
+    shown = [{"caption": a.text, "score": round(a.score, 4), "confidence": round(a.confidence, 4)} for a in captions]
+    return {**shown[0], **({"captions": shown} if several else {})}
 
-    def read(item: Input) -> torch.Tensor:
-        return transform(open_input(item, vision.image_size))
 
-    failed = 0
-    with show.progress("captions", inputs.total, quiet) as advance:
-        for batch in batches_ahead(inputs.items, read, batch_size):
-            pixels = [tensor for _, tensor in batch if isinstance(tensor, torch.Tensor)]
-            try:
-                answers = iter(caption_images(loaded, torch.stack(pixels), decoding) if pixels else [])
-            except torch.cuda.OutOfMemoryError as error:
-                hint = f"--batch-size is {batch_size}: give a smaller one, or --device cpu"
-                raise MplugError("the GPU's memory does not suffice", hint, "memory") from error
-            for item, result in batch:
-                if isinstance(result, MplugError):
-                    failed += 1
-                    if inputs.plain and not as_json:
-                        show.error(str(result))
-                    else:
-                        write_line(
-                            json_line({"image": item.name, "error": {"code": result.code, "message": str(result)}})
-                        )
-                    continue
-                captions = [
-                    {"caption": a.text, "score": round(a.score, 4), "confidence": round(a.confidence, 4)}
-                    for a in next(answers)
-                ]
-                if inputs.plain and not as_json:
-                    for answer in captions:
-                        write_line(answer["caption"])
-                else:
-                    several = {"captions": captions} if decoding.best > 1 else {}
-                    write_line(json_line({"image": item.name, **captions[0], **several}))
-            advance(len(batch))
-    return failed
+def _as_text(question: Question, fields: dict[str, Any]) -> list[str]:
+    return [found["caption"] for found in fields.get("captions", [fields])]

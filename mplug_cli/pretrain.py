@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from mplug_cli.recipe import as_yaml
 from mplug_cli.streams import write_line
 from mplug_cli.watch import watching
 from mplug_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mplug_core.recipe import Recipe
 
 
 def pretrain(
@@ -37,19 +40,24 @@ def pretrain(
 
     For several processes put `torchrun --nproc_per_node N -m` before it and mplug_cli.app in the place of mplug.
     """
-    from mplug_core.recipe import load_recipe, nearest
+    from mplug_core.recipe import load_recipe
 
-    changes = list(overrides or [])
-    settings = load_recipe(recipe, changes)
-    if run is not None:  # not as an override: a path is no YAML
-        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"folder": run})})
+    run_recipe(load_recipe(recipe, overrides or []), run, resume, dry_run, quiet)
+
+
+def run_recipe(settings: Recipe, folder: str | None, resume: str, dry_run: bool, quiet: bool) -> None:
+    """Train as a recipe says, or print it; ``folder`` replaces its run.folder."""
+    from mplug_core.recipe import nearest
+
+    if folder is not None:  # not as an override: a path is no YAML
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"folder": folder})})
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise CheckpointError(f"no checkpoint {resume}{nearest(resume, ('auto', 'never'))}", "auto, never or a path")
     if dry_run:
         write_line(as_yaml(settings))
         return
 
-    from mplug_core.training.trainer import pretrain as train
+    from mplug_core.training.trainer import train
 
     with watching(quiet) as watch:
         train(settings, resume, watch)

@@ -148,6 +148,35 @@ def _without_return(line: bytes) -> bytes:
     return line[:-1] if line.endswith(b"\r") else line
 
 
+def lines_on_stdin(nothing: str, hint: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of JSON on standard input that are not blank, each as soon as its end is seen.
+
+    UsageError at once, with ``nothing`` as the message, where standard input is a terminal or blank, or no JSON.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(nothing, hint)
+    chunks = _stdin_chunks()
+    first = b""
+    while not first.strip() and (chunk := next(chunks, b"")):
+        first += chunk
+    start = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(_IMAGE_BYTES):
+        raise UsageError(f"{nothing}, and it holds an image", hint)
+    if not start.startswith(b"{"):
+        raise UsageError(nothing, hint)
+    return _numbered(chain([first.removeprefix(b"\xef\xbb\xbf")], chunks))
+
+
+def _numbered(chunks: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    rest, number = b"", 0
+    for chunk in chain(chunks, [b"\n"]):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            number += 1
+            if line.strip():
+                yield number, line.decode("utf-8", "surrogateescape")
+
+
 def _stdin_chunks() -> Iterator[bytes]:
     try:
         descriptor = sys.stdin.fileno()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mplug_cli import show
 
 if TYPE_CHECKING:
-    from mplug_core.training.trainer import Watch
+    from mplug_core.training.loop import Watch
 
 # of the figures of a step, those that are not losses
 OTHER = frozenset(
@@ -19,7 +19,7 @@ OTHER = frozenset(
 
 @contextmanager
 def watching(quiet: bool = False) -> Iterator[Watch]:
-    """A :data:`Watch` for :func:`mplug_core.training.trainer.pretrain`."""
+    """A :data:`Watch` for :func:`mplug_core.training.trainer.train`."""
     if show.on_terminal() and not quiet:
         from rich.console import Console
         from rich.live import Live
@@ -47,6 +47,9 @@ def plain(kind: str, figures: dict[str, Any], quiet: bool = False) -> None:
     elif kind == "evaluation":
         for name, value in figures["evaluation"].items():
             show.line(f"{name}  {value:.4f}")
+    elif kind == "scores":
+        for row in score_rows(figures):
+            show.line("  ".join(f"{cell:<{width}}" for cell, width in zip(row, (36, 16, 16), strict=False)).rstrip())
     elif kind == "end":
         show.note(f"done after {clock(figures['seconds'])}: {figures['folder']}")
 
@@ -66,6 +69,8 @@ class LiveDisplay:
                 self.live.console.print(f"step {figures['step']}: {metrics}", highlight=False)
         elif kind == "note":
             self.live.console.print(f"note: {figures['text']}", highlight=False, markup=False)
+        elif kind == "scores":
+            self.live.console.print(score_table(figures))
         elif kind == "end":
             self.live.console.print(f"done after {clock(figures['seconds'])}: {figures['folder']}", highlight=False)
 
@@ -85,6 +90,25 @@ class LiveDisplay:
             f"{figures['images_per_second']:.1f} img/s  {clock(left)} left"
         )
         return Group(head, ProgressBar(total=steps, completed=done, width=60), table)
+
+
+def score_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table at the end: a head, then each metric at the last step and, where a best is kept, at the best."""
+    columns = [name for name in ("last", "best") if figures[name]]
+    head = ("metric", *(f"{name}, step {figures['at'][name]}" for name in columns))
+    values = {metric: [figures[name].get(metric) for name in columns] for metric in figures["last"]}
+    return [head] + [(metric, *("-" if v is None else f"{v:.4f}" for v in row)) for metric, row in values.items()]
+
+
+def score_table(figures: dict[str, Any]) -> Any:
+    """The same for a terminal."""
+    from rich.table import Table
+
+    head, *rows = score_rows(figures)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def loss_figures(figures: dict[str, Any]) -> dict[str, float]:

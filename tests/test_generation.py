@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mplug_core.generation import Decoding, Hypothesis, generate
+from mplug_core import generation
+from mplug_core.generation import Decoding, Hypothesis, generate, rank
 from mplug_core.model.decoder import Decoder
 from tests.small import random_inputs, small_config, small_model
 
@@ -318,3 +319,81 @@ def test_decoding_refuses_unknown_and_impossible_settings() -> None:
     ):
         with pytest.raises(ValueError):
             Decoding(**fields)
+
+
+class TestRank:
+    # of 1, 2 and 4 tokens; the second and the third begin alike
+    TEXTS = ((7, END), (9, 12, END), (9, 30, 31, 5, END), (END,), (20, 21, 22, 23, END), (7, 8))
+
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.zeros(len(self.TEXTS), 6, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(self.TEXTS):
+            ids[row, : len(text) + 1] = torch.tensor([START, *text])
+            mask[row, : len(text) + 1] = 1
+        return ids, mask
+
+    def test_every_token_counts_once(self) -> None:
+        decoder, tokens, mask = memory()
+        found = rank(decoder, tokens, mask, *self.padded())
+        for image in range(3):
+            part = (tokens[image : image + 1], mask[image : image + 1])
+            whole = [log_probability(decoder, *part, list(text), [START]) for text in self.TEXTS]
+            begun = [log_probability(decoder, *part, [text[0]], [START]) for text in self.TEXTS]
+            order = sorted(range(len(whole)), key=lambda i: -whole[i])
+            assert found.candidates[image].tolist() == order
+            assert found.log_likelihood[image].tolist() == pytest.approx([whole[i] for i in order], abs=1e-4)
+            assert found.first[image].tolist() == pytest.approx([begun[i] for i in order], abs=1e-4)
+
+    def test_only_the_best_by_their_first_token(self) -> None:
+        decoder, tokens, mask = memory()
+        ids, counted = self.padded()
+        every = rank(decoder, tokens, mask, ids, counted)
+        few = rank(decoder, tokens, mask, ids, counted, first=3)
+        assert few.candidates.shape == (3, 3)
+        for image in range(3):
+            first = dict(zip(every.candidates[image].tolist(), every.first[image].tolist(), strict=True))
+            kept = few.candidates[image].tolist()
+            assert min(first[i] for i in kept) >= max(first[i] for i in first if i not in kept)
+            assert kept == [i for i in every.candidates[image].tolist() if i in kept]
+        assert rank(decoder, tokens, mask, ids, counted, first=100).candidates.shape == (3, len(ids))
+
+    def test_parts_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoder, tokens, mask = memory()
+        together = rank(decoder, tokens, mask, *self.padded())
+        for most in (1, 3 * 4 * 64 * 4):
+            monkeypatch.setattr(generation, "LOGITS_AT_ONCE", most)
+            parts = rank(decoder, tokens, mask, *self.padded())
+            assert torch.equal(parts.candidates, together.candidates)
+            assert torch.allclose(parts.log_likelihood, together.log_likelihood, atol=1e-5)
+
+    def test_the_memory_is_projected_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoder, tokens, mask = memory()
+        cross = decoder.layers[0].cross
+        project, seen = cross.keys_values, []
+        monkeypatch.setattr(cross, "keys_values", lambda rows: seen.append(len(rows)) or project(rows))
+        rank(decoder, tokens, mask, *self.padded())
+        assert seen == [3]
+
+    def test_all_texts_of_two_tokens_have_a_probability_of_one(self) -> None:
+        decoder, tokens = toy()
+        ids = torch.tensor([[START, a, b] for a in range(5) for b in range(5)])
+        found = rank(decoder, tokens, None, ids, torch.ones_like(ids))
+        assert found.log_likelihood.exp().sum(1).tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
+
+    def test_candidates_of_one_token(self) -> None:
+        decoder, tokens = toy()
+        ids = torch.tensor([[START, a] for a in range(5)])
+        found = rank(decoder, tokens, None, ids, torch.ones_like(ids))
+        assert torch.equal(found.first, found.log_likelihood)
+        assert found.log_likelihood.exp().sum(1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+
+    def test_no_candidates_and_empty_ones(self) -> None:
+        decoder, tokens = toy()
+        for ids, mask in (
+            (torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)),
+            (torch.tensor([[START]]), torch.ones(1, 1)),
+            (torch.tensor([[START, 1], [START, 0]]), torch.tensor([[1, 1], [1, 0]])),
+        ):
+            with pytest.raises(ValueError, match="a start token and at least one token more"):
+                rank(decoder, tokens, None, ids, mask)

@@ -247,3 +247,78 @@ class TestFiles:
 
 def test_defaults_are_a_valid_recipe() -> None:
     assert Recipe(name="x").engine.zero_stage == 2
+
+
+class TestInheritance:
+    """``base: NAME`` in a recipe file."""
+
+    def test_sections_are_merged_and_lists_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "low.yaml").write_text(
+            "name: low\nseed: 3\noptimizer: {lr: 1e-3, clip: 2}\nfreeze: [visual, text]\nobjectives: {caption: 1}\n"
+        )
+        (tmp_path / "mid.yaml").write_text("base: low.yaml\nname: mid\noptimizer: {lr: 2e-3}\nfreeze: [text]\n")
+        (tmp_path / "top.yaml").write_text("base: mid.yaml\nname: top\nobjectives: {caption: 0, itc: 1}\n")
+        recipe = load_recipe(str(tmp_path / "top.yaml"), ["seed=4"])
+        assert (recipe.name, recipe.seed, recipe.optimizer.lr, recipe.optimizer.clip) == ("top", 4, 2e-3, 2)
+        assert recipe.freeze == ["text"] and recipe.objectives == {"caption": 0, "itc": 1}
+
+    def test_shipped_base(self, tmp_path: Path) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text("base: pretrain/tiny\nname: mine\nmodel: {width: 96}\n")
+        mine, tiny = load_recipe(str(file)), load_recipe("tiny")
+        assert mine.model.width == 96 and mine.model.heads == tiny.model.heads and mine.stages == tiny.stages
+
+    @pytest.mark.parametrize(
+        ("base", "said"),
+        [
+            ("tinny", "base: no recipe 'tinny', did you mean 'tiny'"),
+            ("none.yaml", "base: no recipe file none.yaml"),
+            ("[a]", r"base: not the name of a recipe \(got \['a'\]\)"),
+            ("mine.yaml", "base: mine.yaml is built on this recipe itself"),
+            ("other.yaml", "base: mine.yaml is built on this recipe itself"),
+        ],
+    )
+    def test_faults(self, tmp_path: Path, base: str, said: str) -> None:
+        (tmp_path / "mine.yaml").write_text(f"base: {base}\nname: mine\n")
+        (tmp_path / "other.yaml").write_text("base: mine.yaml\nname: other\n")
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(str(tmp_path / "mine.yaml"))
+
+
+class TestStart:
+    """With start.model the recipe's model section is what changes of it."""
+
+    def test_what_the_model_lacks_is_asked_of_the_model(self) -> None:
+        values = {"name": "x", "start": {"model": "m"}, "objectives": {"box": 1, "statement": 1}}
+        recipe = check_recipe(values)
+        assert [fault.split(" needs ")[0] for fault in recipe.lacks(recipe.model)] == [
+            "objectives: box",
+            "objectives: statement",
+        ]
+        assert "box needs model.box_bins" in faults_of(values, "start.model=null")
+
+    def test_extending_a_vocabulary_needs_one(self) -> None:
+        check_recipe({"name": "x", "start": {"model": "m"}, "data": {"vocabulary": "extend"}})
+        assert "data.vocabulary: extend needs start.model" in faults_of(VALUES, "data.vocabulary=extend")
+
+    def test_defaults_are_below_the_recipe(self, tmp_path: Path) -> None:
+        (tmp_path / "x.yaml").write_text("name: x\nstart: {text: bert}\n")
+        start = load_recipe(str(tmp_path / "x.yaml"), [], {"start": {"model": "mini", "text": "no"}}).start
+        assert (start.model, start.text) == ("mini", "bert")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["run.patience=3"], "run.patience: needs run.best"),
+        (["run.best=val/vqa/accuracy", "run.patience=3"], "run.patience: needs run.evaluate_every"),
+        (["run.best=vall/vqa/accuracy"], "run.best: no evaluation 'vall/vqa' among val/vqa, did you mean 'val/vqa'?"),
+        (["run.best=-val/vqa/accuracy"], None),
+    ],
+)
+def test_best(overrides: list[str], fault: str | None) -> None:
+    values = {**VALUES, "evaluate": {"val": {"path": "x", "tasks": ["vqa"]}}}
+    if fault is None:
+        check_recipe(values, overrides)
+    else:
+        assert fault in faults_of(values, *overrides)

@@ -19,13 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mplug_core.data.images import eval_transform, open_image, to_tensor, train_transform
+from mplug_core.data.images import open_image, placed_transform, train_transform
+from mplug_core.data.placement import WHOLE, Box, Placement, adapt, names_direction
 from mplug_core.errors import DataError, ImageError
 from mplug_core.recipe import SourceSection, VisionSection
 
 Block = dict[str, Tensor]
 Drawn = tuple[tuple[int, ...], Any]
-"""A record and the rows of its images in the batch."""
+"""A record and the rows of its images in the batch. In training the record is true of the images as they are shown:
+boxes are shares of the model's square, and on a mirrored picture left is right (:func:`adapt`)."""
+
+ATTEMPTS = 8
+"""Batches that are tried in the place of one whose images can't be read."""
 
 Encode = Callable[[list[Drawn], random.Random], Block]
 
@@ -79,6 +84,14 @@ def image_groups(count: int, links: Sequence[tuple[int, ...]]) -> list[list[int]
     return list(groups.values())
 
 
+class NothingReadable(DataError):
+    """No image of a batch can be read; ``bad`` has a line for each."""
+
+    def __init__(self, source: str, bad: list[str]) -> None:
+        super().__init__(f"source {source}: no image of a batch can be read, first: {bad[0]}", "repair the images")
+        self.bad = bad
+
+
 class Source:
     """One data set of the mix: images, and the records of each task on them."""
 
@@ -94,6 +107,7 @@ class Source:
         self.name, self.section, self.vision = name, section, vision
         self.encoders = encoders
         self.features: np.ndarray | None = None  # [views, images, N, C], where they are computed before
+        self.placements: np.ndarray | None = None  # [views, images, 4], beside the features: of a Placement
         self.aligned: np.ndarray | None = None  # [views, images, E] contrastive features, of texts for captions alone
         numbers: dict[Any, int] = {}
         self.by_image: list[dict[str, list[tuple[tuple[int, ...], Any]]]] = []
@@ -125,7 +139,20 @@ class Source:
         start = (step * world + rank) * size
         rng = random.Random(f"{seed}/{self.name}/{step}/{rank}")
         chosen = [image for place in range(start, start + size) for image in self._group_at(seed, place)]
-        return self.batch(chosen, rng)
+        bad: list[str] = []
+        for _ in range(ATTEMPTS):
+            try:
+                batch = self.batch(chosen, rng)
+            except NothingReadable as error:
+                bad += error.bad
+            else:
+                bad += batch.bad
+                if batch.blocks or not batch.bad:
+                    batch.bad = bad
+                    return batch
+            # of these images nothing can be learned: others take their place, and they are counted
+            chosen = [image for _ in range(size) for image in rng.choice(self.groups)]
+        raise NothingReadable(self.name, bad)
 
     def _group_at(self, seed: int, place: int) -> list[int]:
         """The group at a place of the endless sequence of shuffled epochs."""
@@ -141,28 +168,46 @@ class Source:
         kept = list(images)
         if self.section.text_only:
             batch.stand_in = torch.from_numpy(self.aligned[0, kept])
+            placements = [WHOLE] * len(kept)
         elif self.features is not None:
             views = [rng.randrange(len(self.features)) for _ in kept]
             batch.features = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, kept, strict=True)]))
+            placements = self._placements_of(views, kept)
             if self.aligned is not None:
                 batch.aligned = self._mixed_views(kept, rng)
         else:
-            pixels, kept, batch.bad = self._read(kept, rng)
-            batch.pixels = torch.stack(pixels)
+            views, kept, batch.bad = self._read(kept, rng)
+            batch.pixels = torch.stack([pixels for pixels, _ in views])
+            placements = [placement for _, placement in views]
         batch.image_ids = torch.tensor(kept)
         rows = {image: row for row, image in enumerate(kept)}
         for task, per_image in self.section.tasks.items():
             counts = spread(per_image, len(kept), rng)
             drawn = []
             for image, count in zip(kept, counts, strict=True):
-                known = [item for item in self.by_image[image].get(task, ()) if all(i in rows for i in item[0])]
+                known = self._true_of(image, task, rows, placements)
                 picked = known if len(known) <= count else rng.sample(known, count)
-                if task in ("pretrain", "caption") and known:
+                if task in ("pretrain", "caption", "retrieval") and known:
                     picked = [known[0]] * count  # a caption record holds all captions: the encoder draws one
-                drawn += [(tuple(rows[i] for i in item[0]), item[1]) for item in picked]
+                drawn += picked
             if drawn:
                 batch.blocks[task] = self.encoders[task](drawn, rng)
         return batch
+
+    def _true_of(self, image: int, task: str, rows: Mapping[int, int], placements: Sequence[Placement]) -> list[Drawn]:
+        """The records of a task on an image as they are true of the batch's images, which lie as ``placements`` say."""
+        found = []
+        for images, record in self.by_image[image].get(task, ()):
+            if all(i in rows for i in images):
+                here = tuple(rows[i] for i in images)
+                adapted = adapt(record, [placements[row] for row in here])
+                if adapted is not None:
+                    found.append((here, adapted))
+        return found
+
+    def _placements_of(self, views: Sequence[int], images: Sequence[int]) -> list[Placement]:
+        """Where the pictures lie in these cached views."""
+        return [Placement(*self.placements[v, i].tolist()) for v, i in zip(views, images, strict=True)]
 
     def _mixed_views(self, images: Sequence[int], rng: random.Random) -> Tensor:
         """Half the mean over an image's views, half a random mixture of two of them, of unit length [B, E]."""
@@ -172,35 +217,49 @@ class Source:
         mixed = views.mean(0) + share * first + (1 - share) * second
         return torch.from_numpy(mixed / np.linalg.norm(mixed, axis=-1, keepdims=True))
 
-    def _read(self, images: Sequence[int], rng: random.Random) -> tuple[list[Tensor], list[int], list[str]]:
-        """Pixels of the images that can be read, which ones those are, and a line for each of the others."""
-        pixels, kept, bad = [], [], []
+    def _read(
+        self, images: Sequence[int], rng: random.Random
+    ) -> tuple[list[tuple[Tensor, Placement]], list[int], list[str]]:
+        """Views of the images that can be read, which ones those are, and a line for each of the others."""
+        views, kept, bad = [], [], []
         for image in images:
             try:
-                pixels.append(self.load(self.images[image], rng))
+                views.append(self.load(image, rng))
                 kept.append(image)
             except ImageError as error:
                 bad.append(f"{self.images[image]}: {error.code}")
         if not kept:
-            raise DataError(f"source {self.name}: no image of a batch can be read, first: {bad[0]}")
-        return pixels, kept, bad
+            raise NothingReadable(self.name, bad)
+        return views, kept, bad
 
-    def load(self, path: Path, rng: random.Random | None) -> Tensor:
-        """Normalised pixels; augmented as the source says with the random state ``rng``, plain without."""
-        size, vision = self.vision.image_size, self.vision
-        image = open_image(path, target=size if rng is None or self.section.augment == "none" else 2 * size)
-        if rng is None or self.section.augment == "none":
-            return eval_transform(size, vision.mean, vision.std)(image)
-        if self.section.augment == "flip":
-            image = image.resize((size, size), 3)
-            if rng.random() < 0.5:
-                image = image.transpose(0)
-            return to_tensor(image, vision.mean, vision.std)
-        randaugment = (2, 7) if self.section.augment == "randaugment" else None
-        transform = train_transform(size, vision.mean, vision.std, self.section.crop_scale, True, randaugment)
+    def load(self, image: int, rng: random.Random | None) -> tuple[Tensor, Placement]:
+        """Normalised pixels [3, S, S] of an image and where its picture lies in them.
+
+        Augmented as the source says with the random state ``rng``, plain without.
+        """
+        size, section = self.vision.image_size, self.section
+        plain = rng is None or section.augment == "none"
+        picture = open_image(self.images[image], target=size if plain else 2 * size)
+        if plain:
+            return placed_transform(self.vision)(picture)
+        transform = train_transform(
+            self.vision,
+            scale=None if section.augment == "flip" else section.crop_scale,
+            randaugment=(2, 7) if section.augment == "randaugment" else None,
+            boxes=not _KNOW_PLACES.isdisjoint(section.tasks),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.getrandbits(62))
-            return transform(image)
+            return transform(picture, self.targets(image) if "grounding" in section.tasks else None)
+
+    def targets(self, image: int) -> list[Box]:
+        """Boxes of an image that a crop may be made around: their phrases name no direction."""
+        phrases = [record for _, record in self.by_image[image].get("grounding", ())]
+        return [phrase.box for phrase in phrases if not names_direction(phrase.phrase)]
+
+
+_KNOW_PLACES = {"grounding", "patches"}
+"""Tasks whose targets are places in the picture."""
 
 
 def spread(per_image: float, images: int, rng: random.Random) -> list[int]:

@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mplug_core.data.placement import Box, Placement
 from mplug_core.errors import ImageError
+from mplug_core.recipe import VisionSection
 
 # Pillow warns about doubtful EXIF, palettes and sizes; the user gets an error or an answer, never those lines. A filter
 # on Pillow's own modules is used instead of catch_warnings around each call, which is not safe with threads.
@@ -84,11 +86,29 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, target:
                 if target and image.format in ("JPEG", "MPO"):
                     image.draft(None, (2 * target, 2 * target))
                 image.load()
-                return _rgb(_upright(image))
+                picture = _rgb(_upright(image))
+                picture.info[_FULL_SIZE] = (height, width) if _on_its_side(image) else (width, height)
+                return picture
             except MemoryError as error:
                 raise _too_large(name, (width, height), max_pixels) from error
             except Exception as error:
                 raise _broken(name, error) from error
+
+
+_FULL_SIZE = "full size"
+
+
+def full_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of an upright picture as its file has it, which may have been decoded smaller (``target``)."""
+    return picture.info.get(_FULL_SIZE, picture.size)
+
+
+def _on_its_side(image: Image.Image) -> bool:
+    """Whether EXIF says that width and height change places."""
+    try:
+        return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF turns nothing
+        return False
 
 
 def _shown(source: str | Path) -> str:
@@ -203,11 +223,7 @@ class EvalTransform:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return to_tensor(image, self.mean, self.std)
+        return PlacedTransform(self.size, self.mean, self.std)(image)[0]
 
 
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -217,21 +233,114 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
 
 
 @dataclass(frozen=True)
-class TrainTransform:
-    """PIL picture -> float tensor [3, size, size]: random crop, flip and RandAugment, then as in the test transform."""
+class PlacedTransform:
+    """PIL picture -> (float tensor [3, size, size], where the picture lies in it).
 
-    augment: Callable[[Image.Image], Image.Image]
+    ``fit`` "squash" brings both sides to ``size``. "pad" brings the long side to ``size``, keeps the aspect ratio, and
+    puts the picture in the middle; the padding is 0 after normalisation, the mean colour. Its tokens aren't masked: the
+    visual encoder has mixed them with the others before anything could mask them, and the released model, whose
+    grounding pads so, doesn't mask them either. A released picture is resized bilinearly when it is padded.
+    """
+
+    size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: str = "squash"
+    resample: Image.Resampling = Image.Resampling.BICUBIC
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return to_tensor(self.augment(image if image.mode == "RGB" else image.convert("RGB")), self.mean, self.std)
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, Placement]:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        return self.place(self.fitted(image))
+
+    def fitted(self, image: Image.Image, share: float = 1.0) -> Image.Image:
+        """The picture at its size in the square; ``share`` is what a padded picture's long side takes of it."""
+        size = (self.size, self.size)
+        if self.fit == "pad":
+            ratio = self.size * share / max(image.size)
+            size = tuple(min(max(round(side * ratio), 1), self.size) for side in image.size)
+        return image if image.size == size else image.resize(size, self.resample)
+
+    def place(
+        self, fitted: Image.Image, region: Box = (0.0, 0.0, 1.0, 1.0), flipped: bool = False
+    ) -> tuple[torch.Tensor, Placement]:
+        """The square around a fitted picture, which is the ``region`` of its original, mirrored if ``flipped``."""
+        width, height = fitted.size
+        left, top = (self.size - width) // 2, (self.size - height) // 2
+        pixels = to_tensor(fitted, self.mean, self.std)
+        if fitted.size != (self.size, self.size):
+            square = torch.zeros(3, self.size, self.size)
+            square[:, top : top + height, left : left + width] = pixels
+            pixels = square
+        target = tuple(v / self.size for v in (left, top, left + width, top + height))
+        return pixels, Placement.of_region(region, flipped, target)
+
+
+LONG_SIDES = (0.7, 1.0)
+"""Shares of the square that the long side of a padded picture takes in training."""
+CROP_TRIES = 10
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """PIL picture -> (float tensor [3, size, size], placement): random crop, flip, RandAugment, fitted to the square.
+
+    ``scale`` None crops nothing. With ``targets``, the boxes that phrases on the picture mean, half of the pictures
+    are cropped, around one of the targets each, and none where there is no target; with None every picture is cropped.
+    The long side of a padded picture is drawn from :data:`LONG_SIDES` where pictures are cropped.
+    """
+
+    fitting: PlacedTransform
+    scale: tuple[float, float] | None
+    flip: bool
+    augment: RandAugment | None
+
+    def __call__(self, image: Image.Image, targets: Sequence[Box] | None = None) -> tuple[torch.Tensor, Placement]:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        region, share = (0.0, 0.0, 1.0, 1.0), 1.0
+        if self.scale is not None:
+            left, top, right, bottom = self._crop(image, targets)
+            width, height = image.size
+            region = (left / width, top / height, right / width, bottom / height)
+            image = image.crop((left, top, right, bottom))
+            if self.fitting.fit == "pad":
+                share = torch.empty(1).uniform_(*LONG_SIDES).item()
+        image = self.fitting.fitted(image, share)
+        flipped = self.flip and torch.rand(1).item() < 0.5
+        if flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.augment is not None:
+            image = self.augment(image)
+        return self.fitting.place(image, region, flipped)
+
+    def _crop(self, image: Image.Image, targets: Sequence[Box] | None) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in pixels."""
+        width, height = image.size
+        if targets is None:
+            return self._draw(image)
+        if targets and torch.rand(1).item() < 0.5:
+            kept = targets[int(torch.randint(len(targets), (1,)))]
+            for _ in range(CROP_TRIES):
+                left, top, right, bottom = self._draw(image)
+                if (
+                    left <= kept[0] * width and top <= kept[1] * height
+                    and right >= kept[2] * width and bottom >= kept[3] * height
+                ):  # fmt: skip
+                    return left, top, right, bottom
+        return 0, 0, width, height
+
+    def _draw(self, image: Image.Image) -> tuple[int, int, int, int]:
+        from torchvision.transforms import RandomResizedCrop
+
+        top, left, height, width = RandomResizedCrop.get_params(image, list(self.scale), [3 / 4, 4 / 3])
+        return left, top, left + width, top + height
 
 
 _RAND_AUGMENT_OPS = (
     "identity", "autocontrast", "equalize", "brightness", "sharpness",
     "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
 )  # fmt: skip
+PHOTOMETRIC = _RAND_AUGMENT_OPS[:5]
+"""The operations that leave everything where it is."""
 
 
 @dataclass(frozen=True)
@@ -241,16 +350,17 @@ class RandAugment:
     At strength 10 brightness and sharpness change by a factor of 0.1 or 1.9, shear is 0.3, translation a tenth of the
     side, rotation 30 degrees; signs are random and uncovered corners grey. torchvision's RandAugment also has
     operations that change colours (posterise, solarise, colour), which would make captions wrong. Random numbers are
-    torch's, so seeded workers repeat.
+    torch's, so seeded workers repeat. ``ops`` are those to draw from: where boxes are learned, :data:`PHOTOMETRIC`.
     """
 
     count: int
     magnitude: int
+    ops: tuple[str, ...] = _RAND_AUGMENT_OPS
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        for index in torch.randint(len(_RAND_AUGMENT_OPS), (self.count,)).tolist():
+        for index in torch.randint(len(self.ops), (self.count,)).tolist():
             sign = 1.0 if torch.rand(()).item() < 0.5 else -1.0
-            image = self.apply(image, _RAND_AUGMENT_OPS[index], sign * self.magnitude / 10)
+            image = self.apply(image, self.ops[index], sign * self.magnitude / 10)
         return image
 
     @staticmethod
@@ -286,26 +396,24 @@ def eval_transform(size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
     return EvalTransform(int(size), tuple(mean), tuple(std))
 
 
+def placed_transform(vision: VisionSection) -> PlacedTransform:
+    """The transform of testing and inference as a model's ``vision`` section says, with where the picture lies."""
+    return PlacedTransform(vision.image_size, tuple(vision.mean), tuple(vision.std), vision.fit)
+
+
 def train_transform(
-    size: int,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-    scale: tuple[float, float] = (0.5, 1.0),
+    vision: VisionSection,
+    scale: tuple[float, float] | None = (0.5, 1.0),
     flip: bool = True,
     randaugment: tuple[int, int] | None = (2, 7),
+    boxes: bool = False,
 ) -> TrainTransform:
     """The transform of training, with torch's random numbers; picklable.
 
-    ``scale`` is the share of the picture that a random crop keeps (pre-training from scratch uses 0.2..1). Pass
-    ``flip=False`` where texts name left and right. ``randaugment`` is (operations, magnitude out of 10).
+    ``scale`` is the share of the picture that a random crop keeps (pre-training from scratch uses 0.2..1); None crops
+    nothing. ``randaugment`` is (operations, magnitude out of 10). ``boxes``: what shows in the picture is known by its
+    place, so that RandAugment may change colours and sharpness alone: it doesn't say where it has moved things.
     """
-    from torchvision.transforms import v2
-
-    steps: list[Callable[[Image.Image], Image.Image]] = [
-        v2.RandomResizedCrop(size, scale=tuple(scale), interpolation=v2.InterpolationMode.BICUBIC)
-    ]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if randaugment:
-        steps.append(RandAugment(*randaugment))
-    return TrainTransform(v2.Compose(steps), tuple(mean), tuple(std))
+    ops = PHOTOMETRIC if boxes else _RAND_AUGMENT_OPS
+    augment = RandAugment(*randaugment, ops) if randaugment else None
+    return TrainTransform(placed_transform(vision), scale and tuple(scale), flip, augment)

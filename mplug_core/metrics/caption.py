@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -47,12 +48,17 @@ def score_captions(
     references: Mapping[str, Sequence[str]],
     metrics: Iterable[str] = METRICS,
     note: Callable[[str], None] | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Scores of one caption an image against its references, on raw text, as shares (CIDEr is not times 100).
 
     Keys: ``bleu_1`` .. ``bleu_4``, ``meteor``, ``rouge_l``, ``cider``, and ``spice`` where its models are installed;
     otherwise ``note`` is told in one line why SPICE is left out. ``metrics`` picks some of :data:`METRICS`; METEOR
     takes seconds to start, the rest little. CIDEr weighs words by the references given: 0 for a single image.
+
+    ``parts`` names the part that an image belongs to (NoCaps: in, near, out); ``cider_PART`` and ``spice_PART`` are
+    means over its images, with words weighed by all references, as NoCaps' published figures are: those of its parts
+    average to those of the whole.
 
     Raises DataError where an image has no prediction or no reference, MplugError (code ``java``) where Java is missing
     or fails.
@@ -68,14 +74,29 @@ def score_captions(
     if "rouge_l" in chosen:
         scores["rouge_l"] = float(_scorer("rouge", "Rouge").compute_score(truths, hypotheses)[0])
     if "cider" in chosen:
-        scores["cider"] = float(_scorer("cider", "Cider").compute_score(truths, hypotheses)[0])
+        score, each = _scorer("cider", "Cider").compute_score(truths, hypotheses)
+        scores["cider"] = float(score)
+        scores |= _means("cider", [float(value) for value in each], truths, parts)
     if "spice" in chosen:
         try:
-            scores["spice"] = _spice(predictions, references)
+            each = _spice(predictions, references)
+            scores["spice"] = sum(each) / len(each)
+            scores |= _means("spice", each, truths, parts)
         except MplugError as error:
             if note:
                 note(f"SPICE is left out: {error.message}")
     return scores
+
+
+def _means(
+    name: str, scores: Sequence[float], images: Iterable[str], parts: Mapping[str, str] | None
+) -> dict[str, float]:
+    """``name_PART``: the mean score of the images of each part."""
+    found: dict[str, list[float]] = {}
+    for image, score in zip(images, scores, strict=True):
+        if part := (parts or {}).get(image):
+            found.setdefault(f"{name}_{part}", []).append(score)
+    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
 
 
 def cider_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -274,8 +295,8 @@ def _meteor_text(tokens: str) -> str:
     return " ".join(tokens.replace("|||", "").split())
 
 
-def _spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
-    """SPICE 1.0: the mean F-score over images; MplugError where its models are not installed or it fails."""
+def _spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> list[float]:
+    """SPICE 1.0: the F-score of every image; MplugError where its models are not installed or it fails."""
     jar = _jar("spice", "spice-1.0.jar")
     models = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
     if not all((jar.parent / "lib" / name).is_file() for name in models):
@@ -290,8 +311,11 @@ def _spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
         command = [find_java(), "-Xmx8G", *_JAVA_OPTIONS, "-jar", str(jar), str(given), "-out", str(made), "-silent"]
         _run(command, "", 10 * len(items), "it", cwd=jar.parent)
         try:
+            found = {
+                item["image_id"]: float(item["scores"]["All"]["f"])
+                for item in json.loads(made.read_text(encoding="utf-8"))
+            }
             # An image of which nothing could be parsed has NaN, which counts as nothing found.
-            scores = [float(item["scores"]["All"]["f"]) for item in json.loads(made.read_text(encoding="utf-8"))]
+            return [0.0 if math.isnan(found[index]) else found[index] for index in range(len(items))]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MplugError("it wrote no scores", code="spice") from error
-    return sum(0.0 if score != score else score for score in scores) / len(items)

@@ -75,13 +75,21 @@ class Fusion(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``image`` [B, N, W], ``text`` [B, T, W], masks [B, N] and [B, T] (1 = real); returns both streams."""
+        """``image`` [B, N, W], ``text`` [B, T, W], masks [B, N] and [B, T] (1 = real); returns both streams.
+
+        Texts on the same image may share it: of M images, B a multiple of M, the B/M texts of each lie next to each
+        other. Its keys and values are then computed once. The image stream comes back with M rows if no layer changes
+        it, else with B.
+        """
         if image_mask is None:
             image_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         image_mask, text_mask = image_mask.bool(), text_mask.bool()
         for layer in self.layers:
+            if len(image) < len(text) and not isinstance(layer, AsymmetricLayer):
+                # from here on the image stream knows the text, and each text has one of its own
+                image, image_mask = (t.repeat_interleave(len(text) // len(t), 0) for t in (image, image_mask))
             if self.checkpointing and torch.is_grad_enabled():
                 image, text = checkpoint(layer, image, text, image_mask, text_mask, use_reentrant=False)
             else:

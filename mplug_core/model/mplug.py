@@ -75,7 +75,9 @@ class SummaryTokens(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """[B, E] of unit length to [B, K, W]."""
-        hidden = F.gelu(self.hidden((feature - self.centre) * self.scale))
+        # an engine may keep buffers in fp32 where the weights are bf16
+        centred = ((feature - self.centre) * self.scale).to(feature.dtype)
+        hidden = F.gelu(self.hidden(centred))
         return self.norm(self.tokens(hidden).view(len(feature), self.count, -1))
 
 
@@ -141,7 +143,8 @@ class ImageHead(nn.Module):
         self.scale.copy_(torch.cat(scales))
 
     def standardise(self, inputs: Tensor) -> Tensor:
-        return (inputs - self.centre) * self.scale
+        # an engine may keep buffers in fp32 where the weights are bf16
+        return ((inputs - self.centre) * self.scale).to(inputs.dtype)
 
     @torch.no_grad()
     def join(self, members: list[nn.Sequential]) -> None:

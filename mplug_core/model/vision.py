@@ -35,8 +35,10 @@ class VisualEncoder(nn.Module):
     """A timm backbone whose last feature map or token sequence is the image's token sequence.
 
     A vision transformer gives all its tokens after its final norm, the class token first. A convolutional network
-    gives the cells of its last grid, row by row. ``grid`` is (rows, columns) at the configured size. CheckpointError
-    for a backbone that timm doesn't have, that can't be built as configured, or that gives neither.
+    gives the cells of its last grid, row by row; behind the last stage's channels stand those of ``vision.levels``,
+    finer stages whose pixels under a cell lie side by side: they know colours, outlines and places that the last stage
+    of a frozen network has forgotten. ``grid`` is (rows, columns) at the configured size. CheckpointError for a
+    backbone that timm doesn't have, that can't be built as configured, or that gives neither.
     """
 
     def __init__(self, config: MplugConfig) -> None:
@@ -56,9 +58,12 @@ class VisualEncoder(nn.Module):
             reason = f"{vision.backbone} can't be built with options {vision.options}: {error}"
             raise CheckpointError(reason, "correct model.vision.options") from error
         self.is_transformer = isinstance(self.backbone, timm.models.vision_transformer.VisionTransformer)
+        self.levels = list(vision.levels)
         self.width = self.backbone.num_features
         if self.is_transformer and not self.backbone.has_class_token:
             raise CheckpointError(f"{vision.backbone} has no class token", "choose another model.vision.backbone")
+        if self.is_transformer and self.levels:
+            raise CheckpointError(f"{vision.backbone} has no levels", "leave model.vision.levels out")
         if self.is_transformer:
             self.grid = self.backbone.patch_embed.grid_size
             # the contrastive feature is read off the class token
@@ -76,9 +81,12 @@ class VisualEncoder(nn.Module):
                 reason = f"{vision.backbone} gives neither a grid nor a vision transformer's tokens"
                 raise CheckpointError(reason, "choose another model.vision.backbone")
             self.backbone.train()
-            _, self.width, *grid = self._channels_first(probe).shape
+            _, self.last_width, *grid = self._channels_first(probe).shape
             self.grid = tuple(grid)
-            self.pooled_width = 2 * self.width
+            self.pooled_width = 2 * self.last_width
+            self.width = self.last_width
+            if self.levels:
+                self.width = self._with_levels(torch.zeros(1, 3, vision.image_size, vision.image_size)).shape[-1]
 
     def _channels_first(self, grid: Tensor) -> Tensor:
         return grid.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else grid
@@ -92,13 +100,26 @@ class VisualEncoder(nn.Module):
         if self.is_transformer:
             return self.backbone.forward_features(pixels)
         # on a CPU convolutions are faster with the channels of a pixel side by side
-        features = self.backbone.forward_features(pixels.contiguous(memory_format=torch.channels_last))
-        return self._channels_first(features).flatten(2).transpose(1, 2)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if self.levels:
+            return self._with_levels(pixels)
+        return self._channels_first(self.backbone.forward_features(pixels)).flatten(2).transpose(1, 2)
+
+    def _with_levels(self, pixels: Tensor) -> Tensor:
+        """[B, N, C]: the last grid's channels, then those of each level folded to its cells."""
+        try:
+            last, levels = self.backbone.forward_intermediates(pixels, indices=self.levels)
+            folded = [F.pixel_unshuffle(level, level.shape[-1] // self.grid[-1]) for level in levels]
+            return torch.cat([last, *folded], 1).flatten(2).transpose(1, 2)
+        except (AttributeError, AssertionError, IndexError, RuntimeError) as error:
+            reason = f"levels {self.levels} of the backbone can't be had: {error}"
+            raise CheckpointError(reason, "correct model.vision.levels") from error
 
     def class_probabilities(self, tokens: Tensor) -> Tensor:
         """``tokens`` [B, N, C] of a convolutional network to what its own classifier sees [B, classes]."""
-        return self.backbone.get_classifier()(tokens.mean(1)).softmax(-1)
+        return self.backbone.get_classifier()(tokens[..., : self.last_width].mean(1)).softmax(-1)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """``tokens`` [B, N, C] of a convolutional network to [B, 2C]: their mean and maximum."""
-        return torch.cat([tokens.mean(1), tokens.amax(1)], -1)
+        """``tokens`` [B, N, C] of a convolutional network to [B, 2 C]: mean and maximum of the last stage."""
+        last = tokens[..., : self.last_width]
+        return torch.cat([last.mean(1), last.amax(1)], -1)

@@ -13,8 +13,11 @@ from mplug_core.objectives.cross_entropy import full_precision, token_cross_entr
 
 
 def box_to_bins(box: Tensor, bins: int) -> Tensor:
-    """Corner boxes [..., 4] in 0..1 to int64 bins [..., 4] of cx, cy, w, h, each 0..bins-1; values are clamped."""
-    x0, y0, x1, y1 = full_precision(box).unbind(-1)
+    """Corner boxes [..., 4] in 0..1 to int64 bins [..., 4] of cx, cy, w, h, each 0..bins-1.
+
+    Values are clamped, and a NaN is 0: what is no box has no meaning here, but never makes an index of nowhere.
+    """
+    x0, y0, x1, y1 = full_precision(box).nan_to_num(0.0).unbind(-1)
     values = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1)
     return (values.clamp(0, 1) * (bins - 1)).floor().long()
 

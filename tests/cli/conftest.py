@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mplug_cli.app import main
+from mplug_core.recipe import CLASSES
 
 
 @dataclass
@@ -59,6 +61,18 @@ def mplug(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of the smallest kind."""
+    return save_random(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="session")
+def able_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that has box tokens and both classifiers, too."""
+    classifiers = {name: {"images": images, "labels": labels} for name, (images, labels) in CLASSES.items()}
+    return save_random(tmp_path_factory.mktemp("models") / "able", box_bins=16, classifiers=classifiers)
+
+
+def save_random(folder: Path, box_bins: int = 0, **fields: Any) -> Path:
+    """A model folder with random weights; ``fields`` override its configuration."""
     import torch
 
     from mplug_core.data.text import Tokenizer, build_vocabulary
@@ -66,16 +80,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mplug_core.model.mplug import Mplug
     from mplug_core.weights.folder import save_model
 
-    tokenizer = Tokenizer(build_vocabulary(["a red ball on a green table", "two dogs run on the grass"]))
+    texts = ["a red ball on a green table", "two dogs run on the grass"]
+    tokenizer = Tokenizer(build_vocabulary(texts, box_bins=box_bins))
     vision = {
         "backbone": "resnet10t",
         "image_size": 32,
         "options": {"channels": [8, 8, 8, 16], "stem_width": 8, "norm_layer": "groupnorm1"},
     }
     sizes = {"width": 16, "heads": 2, "intermediate": 16, "text_layers": 1, "fusion_layers": 2, "decoder_layers": 1}
-    config = MplugConfig.named("tiny", vision=vision, vocab_size=tokenizer.vocab_size, box_bins=0, **sizes)
+    sizes |= {"vocab_size": tokenizer.vocab_size, "box_bins": box_bins}
+    config = MplugConfig.named("tiny", vision=vision, **{**sizes, **fields})
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "random"
     save_model(folder, Mplug(config), tokenizer)
     return folder
 
@@ -85,8 +100,9 @@ def default_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """MPLUG_MODEL is the random model wherever a test asks for it, so that command lines are as users write them."""
     monkeypatch.delenv("MPLUG_MODEL", raising=False)
     monkeypatch.delenv("MPLUG_DEBUG", raising=False)
-    if "model_folder" in request.fixturenames:
-        monkeypatch.setenv("MPLUG_MODEL", str(request.getfixturevalue("model_folder")))
+    for name in ("model_folder", "able_folder"):
+        if name in request.fixturenames:
+            monkeypatch.setenv("MPLUG_MODEL", str(request.getfixturevalue(name)))
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ def test_help_and_usage_errors_do_without_torch():
         ["--help"], ["caption", "--help"], ["eval", "-h"], ["recipe", "ls"], ["data", "scenes", "--help"],
         ["captoin"], ["caption", "--bem", "3"], ["caption"], ["eval", "--task", "x", "--data", "x"],
         ["pretrain", "--recipe", "no-such-recipe"], ["caption", "--device", "gpu", "x.jpg"],
+        ["vqa", "--help"], ["vqa"], ["vqa", "x.jpg"], ["ground", "x.jpg"], ["ground", "x.jpg", "a", "--draw", "x"],
+        ["reason"], ["reason", "x.jpg", "y.jpg"], ["reason", "x.jpg", "--hypothesis", " "],
     ]  # fmt: skip
     code = (
         "import sys; from mplug_cli.app import main\n"

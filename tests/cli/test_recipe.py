@@ -101,7 +101,7 @@ def test_overrides_with_faults(mplug, shipped, override, words):
 
 def test_pretrain_runs_the_trainer(mplug, shipped, tmp_path, monkeypatch):
     calls = []
-    trainer = types.SimpleNamespace(pretrain=lambda recipe, resume, watch: calls.append((recipe, resume)))
+    trainer = types.SimpleNamespace(train=lambda recipe, resume, watch: calls.append((recipe, resume)))
     monkeypatch.setitem(sys.modules, "mplug_core.training.trainer", trainer)
     assert mplug("pretrain", "--recipe", "first", "seed=4", "--run", "there", "optimizer.lr=1e-5").code == 0
     assert mplug("pretrain", "--recipe", "first", "--resume", tmp_path).code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from PIL import Image
 
 from mplug_core.data.batches import Batch, Drawn, Source, Steps, image_groups
-from mplug_core.data.records import CaptionRecord, QuestionRecord, StatementRecord
+from mplug_core.data.placement import WHOLE, Placement, adapt
+from mplug_core.data.records import CaptionRecord, PhraseRecord, QuestionRecord, StatementRecord
 from mplug_core.errors import DataError
-from mplug_core.recipe import SourceSection, VisionSection
+from mplug_core.recipe import DataSpec, SourceSection, VisionSection
+from mplug_core.tasks.patches import PatchTask
+from tests.small import CNN, small_config
 
 VISION = VisionSection(image_size=8)
+WHOLE_ROW = list(astuple(WHOLE))
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +179,11 @@ def test_no_records() -> None:
 @pytest.mark.parametrize("augment", ["none", "flip", "crop", "randaugment"])
 def test_augmentations(photos: list[Path], augment: str) -> None:
     one = source(captions(photos), augment=augment)
-    image = one.load(photos[3], random.Random(0))
-    assert image.shape == (3, 8, 8) and torch.equal(image, one.load(photos[3], random.Random(0)))
-    assert torch.equal(
-        one.load(photos[3], None), source(captions(photos), augment="none").load(photos[3], random.Random(1))
-    )
+    image, placement = one.load(3, random.Random(0))
+    again, same_placement = one.load(3, random.Random(0))
+    assert image.shape == (3, 8, 8) and torch.equal(image, again) and placement == same_placement
+    plain, whole = one.load(3, None)
+    assert whole == WHOLE and torch.equal(plain, source(captions(photos), augment="none").load(3, random.Random(1))[0])
 
 
 def test_flip_turns_half_of_the_images(tmp_path: Path) -> None:
@@ -186,8 +191,10 @@ def test_flip_turns_half_of_the_images(tmp_path: Path) -> None:
     image.putdata([255 if x < 4 else 0 for _ in range(8) for x in range(8)])
     image.save(tmp_path / "1.png")
     one = source(captions([tmp_path / "1.png"]), augment="flip")
-    left = [bool(one.load(tmp_path / "1.png", random.Random(k))[0, 0, 0] > 0) for k in range(200)]
+    seen = [one.load(0, random.Random(k)) for k in range(200)]
+    left = [bool(pixels[0, 0, 0] > 0) for pixels, _ in seen]
     assert 70 < sum(left) < 130
+    assert [placement.flipped for _, placement in seen] == [not value for value in left]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -218,6 +225,7 @@ def test_text_only_source() -> None:
 def test_cached_features(photos: list[Path]) -> None:
     one = source(captions(photos))
     one.features = np.arange(2 * 12, dtype=np.float16).reshape(2, 12, 1, 1)
+    one.placements = np.array([[WHOLE_ROW] * 12] * 2)
     batch = one.draw(0, 0, 0, 1)
     assert batch.pixels is None and batch.features.shape == (4, 1, 1)
     assert torch.equal(batch.features.flatten().long() % 12, batch.image_ids)
@@ -227,3 +235,154 @@ def test_to_moves_and_casts_floats_alone(photos: list[Path]) -> None:
     batch = source(captions(photos)).draw(0, 0, 0, 1).to(torch.device("cpu"), torch.bfloat16)
     assert batch.pixels.dtype == torch.bfloat16 and batch.image_ids.dtype == torch.int64
     assert batch.blocks["pretrain"]["rows"].dtype == torch.int64 and batch.source == "photos"
+
+
+# -- what a moved picture means for its records --------------------------------------------------------------------
+
+
+class Kept:
+    """An encoder that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Drawn] = []
+
+    def __call__(self, drawn: list[Drawn], rng: random.Random) -> dict[str, torch.Tensor]:
+        self.drawn += drawn
+        return {"rows": torch.tensor([rows for rows, _ in drawn])}
+
+
+SPOT = (0.5, 0.25, 0.75, 0.5)
+"""Where the white square of the picture lies."""
+
+
+@pytest.fixture(scope="module")
+def spotted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A black picture of 80 x 40 pixels with a white rectangle at SPOT."""
+    image = Image.new("RGB", (80, 40))
+    image.paste((255, 255, 255), tuple(int(v * n) for v, n in zip(SPOT, (80, 40) * 2, strict=True)))
+    file = tmp_path_factory.mktemp("spot") / "1.png"
+    image.save(file)
+    return file
+
+
+def on_spot(image: Path, phrase: str = "the white spot", augment: str = "crop", fit: str = "squash") -> Any:
+    """A source of one phrase on the picture, and the encoder that keeps its records."""
+    kept = Kept()
+    section = SourceSection(path="x", batch_size=1, augment=augment, tasks={"grounding": 1}, crop_scale=(0.3, 1.0))
+    vision = VisionSection(image_size=64, fit=fit)
+    return Source("s", section, {"grounding": [PhraseRecord(image, phrase, SPOT)]}, vision, {"grounding": kept}), kept
+
+
+def white(pixels: torch.Tensor) -> list[float]:
+    """The box around the bright pixels [S, S], in shares."""
+    rows, columns = (pixels > 0).nonzero().T
+    size = len(pixels)
+    return [columns.min() / size, rows.min() / size, (columns.max() + 1) / size, (rows.max() + 1) / size]
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop", "randaugment"])
+def test_the_box_is_where_the_thing_is(spotted: Path, augment: str, fit: str) -> None:
+    one, kept = on_spot(spotted, augment=augment, fit=fit)
+    for step in range(30):
+        batch = one.draw(0, step, 0, 1)
+        (_, record), seen = kept.drawn[-1], batch.pixels[0].mean(0)
+        seen[seen == 0] = seen.min()  # padding is as black as the picture
+        # RandAugment changes brightness: what is brighter than the middle between black and white
+        seen = seen - (seen.max() + seen.min()) / 2
+        # equalising and sharpening widen the rim that resizing has blurred
+        tolerance = (2.5 if augment == "randaugment" else 1.6) / 64
+        assert white(seen) == pytest.approx(record.box, abs=tolerance), (augment, fit, step)
+    assert len(kept.drawn) == 30, "the crop is made around the target, so that no record is lost"
+    assert (len({record.box for _, record in kept.drawn}) > 1) == (augment != "none")
+
+
+def test_half_of_the_pictures_are_cropped_and_directions_never(spotted: Path) -> None:
+    def cropped(phrase: str) -> float:
+        one, _ = on_spot(spotted, phrase)
+        return sum(one.load(0, random.Random(k))[1].crops for k in range(200)) / 200
+
+    assert 0.35 < cropped("the white spot") < 0.6
+    assert cropped("the spot on the left") == 0
+
+
+def test_texts_follow_the_flip(photos: list[Path]) -> None:
+    kept = Kept()
+    records = {
+        "pretrain": [CaptionRecord(p, ("a dog left of a cat",), p.stem) for p in photos],
+        "vqa": [QuestionRecord(p, "what is on the right", ("left",), (1.0,), "") for p in photos],
+    }
+    section = SourceSection(path="x", batch_size=12, augment="flip", tasks={"pretrain": 1, "vqa": 1})
+    one = Source("s", section, records, VISION, dict.fromkeys(records, kept))
+    one.features = np.zeros((1, 12, 1, 1), np.float16)
+    mirrored = [k % 3 == 0 for k in range(12)]
+    one.placements = np.array([[[-1.0, 1, 1, 0] if m else WHOLE_ROW for m in mirrored]])
+    ids = one.draw(0, 0, 0, 1).image_ids
+    assert len(kept.drawn) == 24
+    for (row,), record in kept.drawn:
+        flipped = mirrored[int(ids[row])]
+        if isinstance(record, CaptionRecord):
+            assert record.captions == ("a dog right of a cat" if flipped else "a dog left of a cat",)
+        else:
+            side = ("what is on the left", ("right",)) if flipped else ("what is on the right", ("left",))
+            assert (record.question, record.answers) == side
+
+
+def test_cached_views_move_boxes(photos: list[Path]) -> None:
+    """View 0 is plain; view 1 is the right half of the picture, in which the one box lies and not the other."""
+    kept = Kept()
+    records = {
+        "grounding": [
+            record
+            for p in photos
+            for record in (
+                PhraseRecord(p, "the one", (0.5, 0.0, 0.75, 1.0)),
+                PhraseRecord(p, "the other", (0.0, 0.0, 0.25, 1.0)),
+                PhraseRecord(p, "the right one", (0.5, 0.0, 0.75, 1.0)),
+            )
+        ]
+    }
+    section = SourceSection(path="x", batch_size=12, augment="crop", tasks={"grounding": 3})
+    one = Source("s", section, records, VISION, {"grounding": kept})
+    one.features = np.zeros((2, 12, 1, 1), np.float16)
+    one.features[1] = 1
+    half = list(astuple(Placement.of_region((0.5, 0.0, 1.0, 1.0), False)))
+    one.placements = np.array([[WHOLE_ROW] * 12, [half] * 12])
+    batch = one.draw(0, 0, 0, 1)
+    shown: dict[int, dict[str, Any]] = {}
+    for (row,), record in kept.drawn:
+        shown.setdefault(int(row), {})[record.phrase] = record.box
+    cropped = batch.features[:, 0, 0] == 1
+    assert 0 < cropped.sum() < 12
+    for row in range(12):
+        if cropped[row]:
+            assert shown[row] == {"the one": (0.0, 0.0, 0.5, 1.0)}
+        else:
+            assert shown[row]["the other"] == (0.0, 0.0, 0.25, 1.0) and len(shown[row]) == 3
+
+
+def test_dense_labels_follow_the_flip(scenes: Path) -> None:
+    """The mirrored labels are the labels of the mirrored picture, and a cropped scene has none."""
+    task = PatchTask(small_config(vision={**CNN, "image_size": 32}), 4)
+    record = task.read(DataSpec(path=str(scenes), split="train")).records[0]
+    mirror = Placement.of_region((0, 0, 1, 1), flipped=True)
+    plain, mirrored = (task.encode([((0,), adapt(record, [p]))], random.Random(0), None) for p in (WHOLE, mirror))
+    for name in ("shape", "color", "size"):
+        assert torch.equal(mirrored[name], plain[name].flip(-1)) and plain[name].any()
+    x0, y0, x1, y1 = plain["box"].flip(2).unbind(-1)
+    inside = plain["shape"].flip(-1) > 0
+    assert torch.allclose(mirrored["box"][inside], torch.stack([1 - x1, y0, 1 - x0, y1], -1)[inside], atol=1e-6)
+    assert adapt(record, [Placement.of_region((0, 0, 0.5, 1), False)]) is None
+
+
+def test_boxes_without_a_meaning_are_left_out(photos: list[Path]) -> None:
+    kept = Kept()
+    bad = [(0.5, 0.5, 0.5, 0.9), (float("nan"), 0, 1, 1), (2.0, 2.0, 3.0, 3.0), (0.6, 0.1, 0.4, 0.9)]
+    records = {
+        "grounding": [PhraseRecord(photos[0], f"bad {box}", box) for box in bad],
+        "pretrain": captions(photos[:1])["pretrain"],
+    }
+    section = SourceSection(path="x", batch_size=1, augment="crop", tasks={"grounding": 9, "pretrain": 1})
+    one = Source("s", section, records, VISION, {"grounding": kept, "pretrain": encode})
+    batch = one.draw(0, 0, 0, 1)
+    assert set(batch.blocks) == {"pretrain"} and not kept.drawn

@@ -24,9 +24,12 @@ from mplug_core.data.images import (
     RandAugment,
     eval_transform,
     open_image,
+    placed_transform,
     train_transform,
 )
+from mplug_core.data.placement import WHOLE, Placement
 from mplug_core.errors import ImageError
+from mplug_core.recipe import VisionSection
 
 # pytest replaces the process's warning filters; what a user sees is tested in a process of its own below.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -302,28 +305,109 @@ def test_eval_transform_as_released() -> None:
     assert torch.allclose(eval_transform(expected.shape[-1])(image), expected, atol=1e-6)
 
 
+def vision(size: int, fit: str = "squash") -> VisionSection:
+    return VisionSection(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3, fit=fit)
+
+
+def test_placed_transform_squashes_as_the_eval_transform() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 121, 3), dtype=np.uint8))
+    pixels, placement = pickle.loads(pickle.dumps(placed_transform(vision(96))))(noise)
+    assert torch.equal(pixels, eval_transform(96, (0.5,) * 3, (0.5,) * 3)(noise)) and placement == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((200, 100), (0, 24, 96, 72)),
+        ((100, 200), (24, 0, 72, 96)),
+        ((96, 96), (0, 0, 96, 96)),
+        ((1000, 3), (0, 47, 96, 48)),  # a line stays a line
+        ((97, 50), (0, 23, 96, 72)),  # 49 rows: of 47 the upper padding has 23
+    ],
+)
+def test_padding_by_hand(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    pixels, placement = placed_transform(vision(96, "pad"))(Image.new("RGB", size, RED))
+    left, top, right, bottom = box
+    inside = torch.zeros(96, 96, dtype=torch.bool)
+    inside[top:bottom, left:right] = True
+    assert torch.equal((pixels != 0).any(0), inside)
+    assert placement.to_square((0, 0, 1, 1)) == pytest.approx([v / 96 for v in box])
+
+
 def test_train_transform() -> None:
-    transform = pickle.loads(pickle.dumps(train_transform(48, (0.5,) * 3, (0.5,) * 3, scale=(0.2, 1.0))))
+    transform = pickle.loads(pickle.dumps(train_transform(vision(48), scale=(0.2, 1.0))))
     image = halves(200, 100)
     torch.manual_seed(0)
     first = [transform(image) for _ in range(4)]
     torch.manual_seed(0)
     again = [transform(image) for _ in range(4)]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], first[1])
-    assert all(t.shape == (3, 48, 48) and t.min() >= -1 and t.max() <= 1 for t in first)
+    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], first[1][0])
+    assert all(t.shape == (3, 48, 48) and t.min() >= -1 and t.max() <= 1 for t, _ in first)
+
+
+def test_crop_and_flip_equal_torchvision() -> None:
+    from torchvision.transforms import v2
+
+    bicubic = v2.InterpolationMode.BICUBIC
+    reference = v2.Compose(
+        [
+            v2.RandomResizedCrop(48, scale=(0.2, 1.0), interpolation=bicubic), v2.RandomHorizontalFlip(),
+            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,) * 3, (0.5,) * 3),
+        ]
+    )  # fmt: skip
+    ours = train_transform(vision(48), scale=(0.2, 1.0), randaugment=None)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 121, 3), dtype=np.uint8))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        want = reference(noise)
+        torch.manual_seed(seed)
+        assert torch.allclose(ours(noise)[0], want, rtol=0, atol=1e-6)
 
 
 def test_flip_is_a_choice() -> None:
-    plain = train_transform(32, scale=(1.0, 1.0), flip=False, randaugment=None)
-    mirrored = train_transform(32, scale=(1.0, 1.0), flip=True, randaugment=None)
+    plain = train_transform(vision(32), scale=(1.0, 1.0), flip=False, randaugment=None)
+    mirrored = train_transform(vision(32), scale=(1.0, 1.0), flip=True, randaugment=None)
 
-    def left_is_red(tensor: torch.Tensor) -> bool:
-        return bool(tensor[0, 16, 2] > tensor[2, 16, 2])
+    def left_is_red(found: tuple[torch.Tensor, Placement]) -> bool:
+        left = bool(found[0][0, 16, 2] > found[0][2, 16, 2])
+        assert found[1].flipped != left
+        return left
 
     torch.manual_seed(0)
     assert all(left_is_red(plain(halves(64, 64))) for _ in range(16))
     assert {left_is_red(mirrored(halves(64, 64))) for _ in range(32)} == {True, False}
+
+
+def test_crops_keep_a_target_whole() -> None:
+    targets = [(0.1, 0.2, 0.3, 0.4), (0.7, 0.5, 0.9, 0.8)]
+    transform = train_transform(vision(32), scale=(0.2, 0.8), randaugment=None)
+    torch.manual_seed(0)
+    placements = [transform(halves(200, 100), targets)[1] for _ in range(100)]
+    assert all(max(p.visible(box) for box in targets) > 1 - 1e-9 for p in placements)
+    assert 30 < sum(p.crops for p in placements) < 70
+    assert not any(transform(halves(200, 100), [])[1].crops for _ in range(20))
+    assert all(transform(halves(200, 100))[1].crops for _ in range(20))
+
+
+def test_long_side_varies_in_training() -> None:
+    transform = train_transform(vision(100, "pad"), scale=(0.5, 1.0), flip=False, randaugment=None)
+    torch.manual_seed(0)
+    sides = []
+    for _ in range(30):
+        pixels, placement = transform(halves(200, 100), [])
+        shown = placement.to_square((0, 0, 1, 1))
+        rows, columns = (pixels != 0).any(0).nonzero().T
+        want = [int(v) / 100 for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+        assert shown == pytest.approx(want)
+        sides.append(shown[2] - shown[0])
+    assert min(sides) < 0.75 and max(sides) > 0.95
+
+
+def test_where_places_count_randaugment_moves_nothing() -> None:
+    photometric = train_transform(vision(32), boxes=True).augment
+    assert set(photometric.ops) == {"identity", "autocontrast", "equalize", "brightness", "sharpness"}
+    assert len(train_transform(vision(32)).augment.ops) == 10
 
 
 @pytest.mark.parametrize(

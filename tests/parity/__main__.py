@@ -14,10 +14,18 @@ from pathlib import Path
 
 import torch
 
-from tests.parity import decoding, encoders
+from tests.parity import answers, captions, decoding, encoders, grounding, retrieval, texts
 from tests.parity.golden import Checks, Folder
 
-FIXTURES: dict[str, Callable[[Folder, str, Checks], None]] = {**encoders.FIXTURES, **decoding.FIXTURES}
+FIXTURES: dict[str, Callable[[Folder, str, Checks], None]] = {
+    **encoders.FIXTURES,
+    **decoding.FIXTURES,
+    **retrieval.FIXTURES,
+    **answers.FIXTURES,
+    **grounding.FIXTURES,
+    **captions.FIXTURES,
+    **texts.FIXTURES,
+}
 
 
 @torch.no_grad()

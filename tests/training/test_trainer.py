@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
 from mplug_core.recipe import Recipe
 from mplug_core.training.checkpoint import latest_checkpoint
-from mplug_core.training.trainer import Progress, Trainer, forget_later_metrics, pretrain, refuse_other_recipe
+from mplug_core.training.trainer import Progress, Trainer, forget_later_metrics, refuse_other_recipe, train
 from mplug_core.weights.folder import load_model
 from tests.training.recipes import scene_recipe
 
@@ -59,7 +59,7 @@ STAGES = [{"name": "see", "steps": 4, "objectives": {"patches": 1}}, {"name": "l
 def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of two stages with dropout, teacher, queue, average and accumulation."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    pretrain(two_stages(scenes, folder))
+    train(two_stages(scenes, folder))
     return folder
 
 
@@ -91,10 +91,10 @@ def test_resumed_equals_uninterrupted(scenes: Path, whole: Path, tmp_path: Path,
     recipe = two_stages(scenes, tmp_path / "run")
     # at the end of a stage the signal is noticed in the next one
     with pytest.raises(Preempted, match="saved in") as caught:
-        pretrain(recipe, watch=StopAt(stop))
+        train(recipe, watch=StopAt(stop))
     assert caught.value.exit_code == 75
     notes: list[str] = []
-    pretrain(recipe, watch=lambda kind, figures: notes.append(figures["text"]) if kind == "note" else None)
+    train(recipe, watch=lambda kind, figures: notes.append(figures["text"]) if kind == "note" else None)
     assert any("resumed" in note for note in notes)
     assert metrics(tmp_path / "run") == metrics(whole)
     assert equal(weights(tmp_path / "run"), weights(whole))
@@ -112,10 +112,10 @@ def test_killed_run_repeats_no_line(scenes: Path, whole: Path, tmp_path: Path) -
 
     recipe = two_stages(scenes, tmp_path / "run")
     with pytest.raises(Killed):
-        pretrain(recipe, watch=kill)
+        train(recipe, watch=kill)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
         log.write('{"stage": "lea')
-    pretrain(recipe)
+    train(recipe)
     assert metrics(tmp_path / "run") == metrics(whole)
     assert equal(weights(tmp_path / "run"), weights(whole))
 
@@ -123,7 +123,7 @@ def test_killed_run_repeats_no_line(scenes: Path, whole: Path, tmp_path: Path) -
 def test_finished_run_does_nothing(scenes: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     kinds: list[str] = []
-    pretrain(two_stages(scenes, tmp_path / "run"), watch=lambda kind, figures: kinds.append(kind))
+    train(two_stages(scenes, tmp_path / "run"), watch=lambda kind, figures: kinds.append(kind))
     assert "step" not in kinds and equal(weights(tmp_path / "run"), weights(whole))
 
 
@@ -131,8 +131,8 @@ def test_never_starts_anew(scenes: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     recipe = scene_recipe(scenes, tmp_path / "run", "seed=5", "steps=3", "data.vocabulary_min_count=3")
     with pytest.raises(CheckpointError, match="another recipe"):
-        pretrain(recipe)
-    pretrain(recipe, resume="never")
+        train(recipe)
+    train(recipe, resume="never")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
     assert latest_checkpoint(tmp_path / "run").name == "step-00000003"
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["seed"] == 5
@@ -164,14 +164,14 @@ def test_second_signal_stops_at_once(scenes: Path, tmp_path: Path) -> None:
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(scene_recipe(scenes, tmp_path / "run"), watch=impatient)
+        train(scene_recipe(scenes, tmp_path / "run"), watch=impatient)
     assert signal.getsignal(signal.SIGINT) == before, "handlers are put back"
 
 
 def test_loss_that_is_not_finite_ends_the_run(scenes: Path, tmp_path: Path) -> None:
     recipe = scene_recipe(scenes, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_steps=0")
     with pytest.raises(MplugError, match="loss is not finite at step"):
-        pretrain(recipe)
+        train(recipe)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -180,7 +180,7 @@ def test_frozen_parts_stay_as_they_are(scenes: Path, tmp_path: Path, precision: 
         scenes, tmp_path / "run", "freeze=[visual, text, temperature]", f"engine.precision={precision}"
     )
     start = {name: value.clone() for name, value in Trainer(recipe, lambda *a: None).model.state_dict().items()}
-    pretrain(recipe)
+    train(recipe)
     for name, value in weights(tmp_path / "run").items():
         frozen = name.startswith(("visual.", "text.", "temperature"))
         moved = not torch.equal(value.float(), start[name].bfloat16().float())
@@ -195,12 +195,12 @@ def test_frozen_parts_stay_as_they_are(scenes: Path, tmp_path: Path, precision: 
 
 def test_freezing_an_unknown_part_names_the_nearest(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no part 'visul', did you mean 'visual'"):
-        pretrain(scene_recipe(scenes, tmp_path / "run", "freeze=[visul]"))
+        train(scene_recipe(scenes, tmp_path / "run", "freeze=[visul]"))
 
 
 def test_stage_that_nothing_feeds(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no source gives any of answer"):
-        pretrain(
+        train(
             scene_recipe(scenes, tmp_path / "run", "objectives={answer: 1}", "data.sources.scenes.tasks={caption: 1}")
         )
 
@@ -223,7 +223,7 @@ def test_broken_images_are_counted_in_the_log(scenes: Path, tmp_path: Path) -> N
         image.write_bytes(image.read_bytes()[:50])
     notes: list[str] = []
     recipe = scene_recipe(tmp_path / "d", tmp_path / "run", "steps=5")
-    pretrain(recipe, watch=lambda kind, figures: notes.append(figures["text"]) if kind == "note" else None)
+    train(recipe, watch=lambda kind, figures: notes.append(figures["text"]) if kind == "note" else None)
     assert metrics(tmp_path / "run")[-1]["bad_images"] == 4
     assert sum("skipped image" in note for note in notes) == 4
 
@@ -253,8 +253,8 @@ def test_start_from_a_model(scenes: Path, whole: Path, tmp_path: Path) -> None:
 
 def test_cached_features_are_computed_once(scenes: Path, tmp_path: Path) -> None:
     changes = ("freeze=[visual]", "data.sources.scenes.cached_views=2", "steps=2")
-    pretrain(scene_recipe(scenes, tmp_path / "run", *changes))
-    files = list((tmp_path / "run" / "features").iterdir())
+    train(scene_recipe(scenes, tmp_path / "run", *changes))
+    files = [f for f in (tmp_path / "run" / "features").iterdir() if "placements" not in f.name]
     assert len(files) == 1 and files[0].suffix == ".npy"
     written = files[0].stat().st_mtime_ns
     source = Trainer(scene_recipe(scenes, tmp_path / "run", *changes), lambda *a: None).sources["scenes"]
@@ -262,12 +262,21 @@ def test_cached_features_are_computed_once(scenes: Path, tmp_path: Path) -> None
     # view 0 is the plain image
     trainer = Trainer(scene_recipe(scenes, tmp_path / "other", *changes), lambda *a: None)
     with torch.no_grad():
-        want = trainer.model.visual.eval()(trainer.sources["scenes"].load(source.images[3], None)[None])
+        want = trainer.model.visual.eval()(trainer.sources["scenes"].load(3, None)[0][None])
     assert torch.allclose(torch.from_numpy(source.features[0, 3]).float(), want[0], atol=2e-2)
+    assert source.placements.shape == (2, len(source.images), 4) and (source.placements[0] == [1, 1, 0, 0]).all()
+    # the other view is mirrored where its placement says so
+    for image, (x_scale, *_) in enumerate(source.placements[1][:6]):
+        pixels, _ = source.load(image, None)
+        with torch.no_grad():
+            want = trainer.model.visual((pixels.flip(-1) if x_scale < 0 else pixels)[None])
+        assert torch.allclose(torch.from_numpy(source.features[1, image]).float(), want[0], atol=2e-2)
+    assert 0 < (source.placements[1, :, 0] < 0).sum() < len(source.images)
 
 
 def test_batches_of_progress() -> None:
-    assert vars(Progress()) == {"stage": 0, "step": 0, "total": 0, "seconds": 0.0, "counts": {}}
+    begin = {"stage": 0, "step": 0, "total": 0, "seconds": 0.0, "counts": {}}
+    assert vars(Progress()) == begin | {"scores": {}, "scores_at": 0, "best": {}, "best_at": 0, "stale": 0}
 
 
 def launch(
@@ -282,13 +291,13 @@ def launch(
         "import os, signal, sys, torch\n"
         "from mplug_core.errors import Preempted\n"
         "from mplug_core.recipe import Recipe\n"
-        "from mplug_core.training.trainer import pretrain\n"
+        "from mplug_core.training.trainer import train\n"
         "torch.set_num_threads(1)\n"
         "def watch(kind, figures):\n"
         f"    if kind == 'step' and figures['step'] == {stop}:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "try:\n"
-        "    pretrain(Recipe.model_validate_json(open(sys.argv[1]).read()), watch=watch)\n"
+        "    train(Recipe.model_validate_json(open(sys.argv[1]).read()), watch=watch)\n"
         "except Preempted as error:\n"
         "    print('PREEMPTED', error)\n"
     )
@@ -307,7 +316,7 @@ def launch(
 def test_deepspeed_trains_as_plain_does(scenes: Path, tmp_path: Path) -> None:
     """Two stages, so that the second one starts from what the first one's engine leaves behind."""
     changes = ("engine.accumulate=2", "model.dropout=0")
-    pretrain(scene_recipe(scenes, tmp_path / "plain", *changes, stages=STAGES))
+    train(scene_recipe(scenes, tmp_path / "plain", *changes, stages=STAGES))
     recipe = scene_recipe(
         scenes, tmp_path / "zero", *changes, "engine.name=deepspeed", "engine.zero_stage=2", stages=STAGES
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,18 @@ def test_run_folder_holds_its_model(folder: Path, tmp_path: Path) -> None:
     run.mkdir()
     folder.rename(run / "model")
     assert load_model(str(run)).folder == run / "model"
+
+
+def test_run_folder_with_a_best_is_that(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(folder, run / "model")
+    (run / "best").mkdir()
+    assert find_model(str(run)) == run / "model", "an empty folder is no model"
+    folder.rename(run / "best2")
+    (run / "best").rmdir()
+    (run / "best2").rename(run / "best")
+    assert load_model(str(run)).folder == run / "best"
 
 
 def test_where_a_model_is_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,156 @@
+"""``mplug vqa``: questions on images in, short answers out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mplug_cli.answering import (
+    Asked,
+    Question,
+    Request,
+    Requests,
+    answer_requests,
+    check_text,
+    image_field,
+    load,
+    looks_like_image,
+    requests_on_stdin,
+    text_field,
+)  # fmt: skip
+from mplug_cli.device import check_device
+from mplug_cli.streams import read_inputs
+from mplug_core.errors import DataError, MplugError, UsageError
+
+if TYPE_CHECKING:
+    from mplug_core.model.mplug import ImageEncoding
+    from mplug_core.tasks.caption import Answer
+
+EXPECTED = '{"image": PATH, "question": TEXT}'
+
+
+def vqa(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUTS]... [QUESTION]",
+            help="Files, folders, 'patterns*', addresses, or - for an image on stdin; then the question, without -q.",
+        ),
+    ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", help="A question, or several. All INPUTS are images."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single question.")] = False,
+    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Beams; 1 is greedy. Default: the task's.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each question, best first.")] = 1,
+    answers: Annotated[
+        Path | None, typer.Option("--answers", metavar="FILE", help="Choose among these answers, one a line.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=1024, help="Images, and questions, computed at once.")
+    ] = 16,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No notes and no progress on stderr.")] = False,
+) -> None:
+    """Answer questions on images in a word or a few.
+
+    mplug vqa photo.jpg "what colour is the bus?" gives a plain line. Several images or questions (-q Q -q Q), --json,
+    paths on stdin with -q, or {"image", "question"} a line on stdin give JSON Lines in the order of the inputs:
+    {"image", "question", "answer", "confidence"}, or "error" in place of the answer; the exit code is then 4.
+    """
+    if answers is not None and beam is not None:
+        raise UsageError("--answers ranks a list, and --beam is for writing answers", "leave one of them out")
+    if beam is not None and n > beam:
+        raise UsageError(f"--n {n} needs at least as many beams", f"--beam {n}")
+    check_device(device)
+    candidates = read_answers(answers) if answers is not None else None
+    requests = _requests(list(arguments or []), list(questions or []))
+
+    import torch
+
+    from mplug_core.tasks.task import need
+    from mplug_core.tasks.vqa import VqaTask, answer_questions, rank_answers
+
+    update: dict[str, Any] = {"best": n}
+    if beam == 1:
+        update["strategy"] = "greedy"
+    elif beam is not None or n > 1:
+        beams = beam if beam is not None else max(n, VqaTask.decoding.beams)
+        update |= {"strategy": "beam", "beams": beams}
+    decoding = VqaTask.decoding.model_copy(update=update)
+    loaded = load(model, device, quiet)
+    need(loaded.model.decoder is not None, "decoder")
+
+    def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
+        rows, texts = [a.rows[0] for a in asked], [a.question.text for a in asked]
+        with torch.inference_mode():
+            if candidates is not None:
+                found = rank_answers(loaded, images, rows, texts, candidates)
+            else:
+                found = answer_questions(loaded, images, rows, texts, decoding)
+        return [_fields(answers[:n], n > 1) for answers in found]
+
+    answer_requests(
+        requests, loaded, answer, _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
+        failure="of the questions could not be answered",
+    )  # fmt: skip
+
+
+def _requests(arguments: list[str], questions: list[str]) -> Requests:
+    """What is asked: by arguments, by -q on images that arguments or paths on stdin name, or by JSON on stdin."""
+    example = 'for example: mplug vqa photo.jpg "what colour is the bus?"'
+    if not arguments and not questions:
+        return requests_on_stdin(_parse, EXPECTED, example)
+    if not questions:
+        *arguments, question = arguments
+        if looks_like_image(question):
+            raise UsageError(f"no question is given: the last argument, {question}, is an image", example)
+        questions = [question]
+    for question in questions:
+        check_text(question, "question")
+    inputs = read_inputs(arguments)
+    items = (
+        Request((item,), tuple(Question({"image": item.name, "question": text}, text) for text in questions))
+        for item in inputs.items
+    )
+    return Requests(items, inputs.plain and len(questions) == 1, inputs.total)
+
+
+def _parse(values: dict[str, Any]) -> Request:
+    item, text = image_field(values), text_field(values, "question")
+    return Request((item,), (Question({"image": item.name, "question": text}, text),))
+
+
+def read_answers(file: Path) -> list[str]:
+    """The lines of a file that are not blank, each once; DataError if there is none."""
+    hint = "--answers names a file, one answer a line"
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise DataError(
+            f"{file} can't be read: {error.strerror}", "--answers names a file, one answer a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text", hint) from error
+    found = list(dict.fromkeys(line for line in lines if any(c.isalnum() for c in line)))
+    if not found:
+        raise DataError(f"{file} has no answers", "write one answer a line")
+    return found
+
+
+def _fields(found: list[Answer], several: bool) -> dict[str, Any]:
+    """The best answer, and where several are wanted all of them."""
+    shown = [{"answer": a.text, "confidence": round(a.confidence, 4)} for a in found]
+    return {**shown[0], **({"answers": shown} if several else {})}
+
+
+def _as_text(question: Question, fields: dict[str, Any]) -> list[str]:
+    return [found["answer"] for found in fields.get("answers", [fields])]
