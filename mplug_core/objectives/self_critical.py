@@ -1,13 +1,17 @@
 """Self-critical training (SCST): captions of the model's own, weighed by how much better than a baseline they are.
 
 Rennie et al., CVPR 2017. Two variants: samples against the greedy caption, and, as mPLUG's captioner was trained, the
-hypotheses of a beam search against their mean. A caption counts by its mean log-probability: its length divides once.
+hypotheses of a beam search against their mean.
+
+The loss is a mean over tokens: lengths divide once, and together. Each caption by its own length would no longer be the
+gradient of the expected reward, as a baseline then weighs short captions more; with samples far below the greedy
+caption it makes rewards fall. For the same reason a log-probability is among the tokens that may be written.
 
 Captions are generated without a gradient and without dropout, so that what is rewarded is what the model says in use,
 and so that the beams of an image are comparable; one pass over the finished captions then gives their log-probabilities
 with a gradient, with dropout as in every other loss. The score of a generated caption is the sum of its tokens'
 log-probabilities, whose gradient needs no more than that pass: keeping the graph of the search would cost a decoder
-pass per token and give the same.
+pass a token and give the same.
 """
 
 from __future__ import annotations
@@ -60,14 +64,17 @@ def self_critical(
         baseline = rewards.mean(1, keepdim=True)
     else:
         baseline = torch.tensor(reward([[ids] for ids in greedy]), dtype=torch.float64)
-    temperature = settings.temperature if settings.variant == "sample" else 1.0
-    scores, lengths = log_probabilities(decoder, memory, memory_mask, written, start, temperature)
+    scores, lengths = log_probabilities(
+        decoder, memory, memory_mask, written, start=start, end=end, forbidden=forbidden,
+        min_tokens=settings.min_tokens, temperature=settings.temperature if settings.variant == "sample" else 1.0,
+    )  # fmt: skip
     return SelfCritical(advantage_loss(scores, lengths, rewards - baseline), float(rewards.mean()))
 
 
 def advantage_loss(log_probabilities: Tensor, lengths: Tensor, advantages: Tensor) -> Tensor:
-    """Mean of -advantage * log-probability / length; all [B, K]. Zero, with zero gradient, where nothing is better."""
-    return -(advantages.detach().to(log_probabilities) * log_probabilities / lengths).mean()
+    """Sum of -advantage * log-probability by the number of tokens; all [B, K]. Zero, with zero gradient, where nothing
+    is better."""
+    return -(advantages.detach().to(log_probabilities) * log_probabilities).sum() / lengths.sum()
 
 
 @torch.no_grad()
@@ -115,12 +122,17 @@ def log_probabilities(
     memory: Tensor,
     memory_mask: Tensor | None,
     written: list[list[Ids]],
+    *,
     start: int,
+    end: int,
+    forbidden: Sequence[int] = (),
+    min_tokens: int = 0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Of each of K captions of each image, the sum of its tokens' log-probabilities and their number: [B, K] both.
 
-    The K captions of an image share the keys and values of its memory.
+    ``forbidden`` tokens, and ``end`` before ``min_tokens``, have no probability. The K captions of an image share the
+    keys and values of its memory.
     """
     captions = [ids for row in written for ids in row]
     lengths = torch.tensor([len(ids) for ids in captions])
@@ -131,6 +143,8 @@ def log_probabilities(
     ids, mask, lengths = (tensor.to(memory.device) for tensor in (ids, mask, lengths))
     # the last token predicts nothing
     logits = decoder.logits(decoder(ids[:, :-1], memory, memory_mask))
+    logits.index_fill_(-1, torch.tensor(list(forbidden), dtype=torch.int64, device=logits.device), -torch.inf)
+    logits[:, :min_tokens, end] = -torch.inf
     scores = -sequence_nll(logits if temperature == 1 else logits / temperature, ids, mask)
     return scores.view(len(written), -1), lengths.view(len(written), -1)
 

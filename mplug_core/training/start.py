@@ -1,7 +1,8 @@
 """Starting from a model: its architecture, vocabulary and weights, with what a recipe changes of them.
 
-What may change without losing weights: the image size, the rule and stride of the fusion, further classifiers, further
-words and box tokens, the table of positions. What has no counterpart in the start model is fresh, and said to be.
+What may change without losing weights: the image size, further levels of the visual encoder, the rule and stride of the
+fusion, further classifiers, further words and box tokens, the table of positions. What has no counterpart in the start
+model, such as an image head of another size, is fresh, and said to be.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def fill_from(model: Mplug, tokenizer: Tokenizer, stored: Stored, temperature: f
                 state[name] = rows_by_piece(state[name], expected[name], origins)
         changes.append(f"vocabulary: {stored.tokenizer.vocab_size} pieces, now {tokenizer.vocab_size}")
     changes += fit_positions(state, expected, model)
+    changes += fit_visual(state, expected)
     if temperature is not None:
         state["temperature"] = torch.tensor([temperature])
     fresh = [name for name in expected if name not in state]
@@ -136,6 +138,23 @@ def fit_positions(state: dict[str, Tensor], expected: dict[str, Tensor], model: 
             rows[:known] = state[name][:known]
             state[name] = rows
             done.append(f"{len(rows)} positions of {name.split('.')[0]}, the first {known} of the start model")
+    return done
+
+
+def fit_visual(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Fit the projection of image tokens to more channels, and leave an image head of another size out."""
+    done = []
+    name = "visual_projection.0.weight"
+    if name in state and name in expected and state[name].shape[1] < expected[name].shape[1]:
+        # a finer level begins without a say: at first the tokens are the start model's
+        grown = torch.zeros_like(expected[name])
+        grown[:, : state[name].shape[1]] = state[name]
+        done.append(f"{grown.shape[1] - state[name].shape[1]} channels of finer levels join the image tokens")
+        state[name] = grown
+    head = [name for name in expected if name.startswith("image_projection.layers.")]
+    if any(name in state and state[name].shape != expected[name].shape for name in head):
+        for name in head:
+            state.pop(name, None)
     return done
 
 

@@ -185,9 +185,14 @@ def test_spice_where_its_models_are(fake_java: Path, tmp_path: Path, monkeypatch
     for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         (tmp_path / "lib" / name).write_bytes(b"")
     monkeypatch.setattr(caption, "_jar", lambda *_: tmp_path / "spice-1.0.jar")
-    out = json.dumps([{"scores": {"All": {"f": f}}} for f in (0.5, 0.25, float("nan"))])
+    monkeypatch.setattr(caption, "tokenize_captions", lambda *_: ({}, dict.fromkeys(REFERENCES)))
+    scores = {2: float("nan"), 0: 0.5, 1: 0.25}  # it writes images in any order
+    out = json.dumps([{"image_id": i, "scores": {"All": {"f": f}}} for i, f in scores.items()])
     script(fake_java, f'while [ $# -gt 1 ]; do [ "$1" = -out ] && echo \'{out}\' > "$2"; shift; done')
-    assert caption._spice(PREDICTIONS, REFERENCES) == pytest.approx(0.25)
+    assert caption._spice(PREDICTIONS, REFERENCES) == pytest.approx([0.5, 0.25, 0.0])
+    parts = {"a": "in", "b": "out", "c": "in"}
+    found = score_captions(PREDICTIONS, REFERENCES, ("spice",), parts=parts)
+    assert found == pytest.approx({"spice": 0.25, "spice_in": 0.25, "spice_out": 0.25})
     script(fake_java, "exit 0")
     with pytest.raises(MplugError, match="no scores"):
         caption._spice(PREDICTIONS, REFERENCES)

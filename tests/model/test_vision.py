@@ -146,6 +146,34 @@ class TestConvolutional:
         assert not torch.allclose(tokens[0, 0], tokens[0, 3])
 
 
+class TestLevels:
+    def test_finer_stages_stand_behind_the_last(self) -> None:
+        plain = VisualEncoder(small_config(vision=CNN)).eval()
+        rich = VisualEncoder(small_config(vision={**CNN, "levels": [1, 2]})).eval()
+        rich.backbone.load_state_dict(plain.backbone.state_dict())
+        pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            last, both = plain(pixels), rich(pixels)
+            _, levels = plain.backbone.forward_intermediates(pixels, indices=[1, 2])
+        assert rich.grid == plain.grid and both.shape == (2, last.shape[1], rich.width)
+        assert torch.allclose(both[..., : plain.width], last, atol=1e-5)
+        # the pixels under a cell are side by side: a cell of the first row and column has the first of the level's
+        sides = [level.shape[-1] // plain.grid[1] for level in levels]
+        assert rich.width == plain.width + sum(level.shape[1] * side**2 for level, side in zip(levels, sides, strict=True))
+        corner = levels[0][:, :, : sides[0], : sides[0]].flatten(1)
+        start = plain.width
+        assert torch.allclose(both[:, 0, start : start + corner.shape[1]], corner, atol=1e-5)
+        assert torch.equal(rich.pool(both), plain.pool(both[..., : plain.width]))
+
+    def test_a_stage_that_is_not_there(self) -> None:
+        with pytest.raises(CheckpointError, match="levels"):
+            VisualEncoder(small_config(vision={**CNN, "levels": [9]}))
+
+    def test_a_transformer_has_none(self) -> None:
+        with pytest.raises(CheckpointError, match="has no levels"):
+            VisualEncoder(small_config(vision={**VIT, "levels": [1]}))
+
+
 def test_unknown_backbone_names_the_nearest() -> None:
     with pytest.raises(CheckpointError, match="no backbone 'resnet1O', did you mean 'resnet"):
         VisualEncoder(small_config(vision={"backbone": "resnet1O"}))

@@ -89,12 +89,14 @@ def self_critical(folder: Folder, name: str, checks: Checks) -> None:
             for rows, counts in zip(t["out.ids"].tolist(), numbers.tolist(), strict=True)
         ]
         checks.same_ids("out.ids", [[[START, *ids] for ids in row] for row in written], wanted)
-        scores, lengths = log_probabilities(model.decoder, memory, mask, written, START)
+        scores, lengths = log_probabilities(model.decoder, memory, mask, written, start=START, end=END)
         checks.same_ids("out.num_tokens", [(lengths + 1).tolist()], [numbers.tolist()])
         penalty = ((5 + lengths) / 6) ** decoding.length_penalty
         checks.compare("out.scores", (scores / penalty).detach(), t["out.scores"], LOSS)
         advantages = reward - reward.mean(1, keepdim=True)
-        released = advantage_loss(scores, penalty * (lengths + 1), advantages)
+        # a mean over captions, where ours is one over tokens
+        twice = scores / penalty / (lengths + 1)
+        released = advantage_loss(twice, torch.ones_like(lengths), advantages)
         released.backward()
     checks.compare("out.loss", released.detach(), t["out.loss"], LOSS)
     compare_gradients(folder, name, model, checks)

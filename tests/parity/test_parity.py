@@ -11,7 +11,7 @@ from tests.parity.__main__ import FIXTURES, check
 PASSING = (
     "f01_", "f02_", "f03_", "f04a_", "f04b_", "f04c_", "f04d_", "f04e_", "f05_",
     "f05b_", "f06_", "f07_", "f08_", "f09_", "f10_retrieval_", "f10_video_", "f11_", "j11_grounding",
-    "j11_vqa_dataset", "j08_lr", "j08_param", "j11_text", "j11_tokenizer",
+    "j11_vqa_dataset", "j08_lr", "j08_param", "j11_text", "j11_tokenizer", "j11_frame",
 )  # fmt: skip
 
 

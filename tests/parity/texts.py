@@ -1,4 +1,4 @@
-"""Fixtures of texts (cleaning, tokenizer) and of the optimizer (rates over time, parameter groups)."""
+"""Fixtures of texts (cleaning, tokenizer), frames, and the optimizer (rates over time, parameter groups)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mplug_core.data.frames import uniform_frames
 from mplug_core.data.text import Tokenizer, clean_caption, clean_question, pad
 from mplug_core.model.mplug import Mplug
 from mplug_core.recipe import OptimizerSection
@@ -45,6 +46,13 @@ def tokenizer(folder: Folder, name: str, checks: Checks) -> None:
         same(checks, f"case {number} mask", mask[0] if single else mask, case["attention_mask"])
     for number, case in enumerate(fixture["decode"]):
         same(checks, f"decode {number}", mine.decode(case["ids"], skip_special=False), case["text"])
+
+
+def frames(folder: Folder, name: str, checks: Checks) -> None:
+    """The released step between frames is cut to a whole number, as if the clip ended with its last whole step."""
+    for case in entry_of(folder, name):
+        total, count = case["num_frames_in_video"], case["num_frm"]
+        same(checks, f"{count} of {total}", uniform_frames(total // count * count, count), case["indices"])
 
 
 def same(checks: Checks, name: str, got: Any, want: Any) -> None:
@@ -123,4 +131,6 @@ def settled(model: Mplug, settings: OptimizerSection) -> dict[str, tuple[float, 
     }
 
 
-FIXTURES = {"j08_lr": schedule, "j08_param": groups, "j11_text": cleaning, "j11_tokenizer": tokenizer}
+FIXTURES = {
+    "j08_lr": schedule, "j08_param": groups, "j11_text": cleaning, "j11_tokenizer": tokenizer, "j11_frame": frames
+}  # fmt: skip

@@ -186,3 +186,20 @@ def test_parts_that_are_left_out_are_said() -> None:
 def test_parts() -> None:
     names = ["decoder.head.bias", "classifiers.a.out.bias", "fusion.layers.2.text.cross_norm.bias", "temperature"]
     assert parts_of(names) == ["classifiers.a", "decoder", "fusion.layers.2 (cross-attention)", "temperature"]
+
+
+def test_finer_levels_change_no_token_at_first() -> None:
+    start = stored(vision=CNN)
+    model, note = started(start, {"vision": {"levels": [1, 2]}})
+    assert "channels of finer levels join the image tokens" in note and "from nothing" not in note
+    plain = Mplug(start.config).eval()
+    plain.load_state_dict(start.state)
+    for mine, before in zip(encodings(model, 32), encodings(plain, 32), strict=True):
+        assert torch.allclose(mine, before, atol=1e-5)
+
+
+def test_image_head_of_another_size_is_fresh() -> None:
+    head = {"classes": 0, "hidden": 20}
+    model, note = started(stored(vision=CNN, image_head=head), {"image_head": {"hidden": 12}})
+    assert "from nothing: image_projection" in note
+    assert model.image_projection.layers[1].out_features == 12
