@@ -50,7 +50,7 @@ def retrieve(
         typer.Option(
             "--candidates", min=0,
             help=f"How many of the best by contrast, at least --top, matching re-ranks; 0: none. "
-            f"Default: {CANDIDATES}, of the embedded model 0.",
+            f"Default: {CANDIDATES}, 0 if the model's matching is not made for it.",
         ),
     ] = None,
     rerank: Annotated[
@@ -90,10 +90,11 @@ def retrieve(
     else:
         texts, inputs = _texts_and_images(list(queries or []), given)
 
+    from mplug_core.tasks.ranking import default_candidates
+
     loaded = load(model, device, quiet, without=("decoder",) if candidates != 0 else ("decoder", "fusion"))
     if candidates is None:
-        # the embedded model's matching was trained for a short time on few photos: on Flickr8k it makes order worse
-        candidates = 0 if loaded.is_embedded or loaded.model.matching_head is None else CANDIDATES
+        candidates = min(CANDIDATES, default_candidates(loaded))
     if candidates and loaded.model.matching_head is None:
         raise UsageError(f"{loaded.name} has no matching head to re-rank by", "--candidates 0")
     settings = {"top": top, "candidates": candidates, "rerank": rerank}

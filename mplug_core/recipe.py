@@ -107,6 +107,9 @@ class ModelSection(Section):
     image_head: ImageHeadSection | None = Field(None, description="default: one linear layer")
     summary_tokens: NonNegative = Field(0, description="image tokens made from the contrastive feature")
     text_pooling: Literal["first", "mean"] = "first"
+    candidates: NonNegative = Field(
+        256, description="how many of the best by contrast matching re-ranks; 0: its head is not good enough to"
+    )
     box_bins: NonNegative = 0
     classifiers: dict[str, ClassifierSection] = Field(default_factory=dict)
 

@@ -25,9 +25,6 @@ from mplug_core.tasks.task import Ready, need
 
 Rerank = Literal["itm", "itm+itc"]
 
-CANDIDATES = 256
-"""How many of the best by ITC are re-ranked, as in the paper."""
-
 PAIRS = 256
 """Pairs that are fused at once."""
 
@@ -48,8 +45,8 @@ class EncodedTexts:
 
 
 def default_candidates(ready: Ready) -> int:
-    """256 where the model has a fusion to match by, 0 for a dual encoder."""
-    return CANDIDATES if ready.model.matching_head is not None else 0
+    """What the model's configuration says (the paper's 256), 0 for a dual encoder, which has nothing to match by."""
+    return ready.config.candidates if ready.model.matching_head is not None else 0
 
 
 @torch.inference_mode()
