@@ -141,18 +141,22 @@ class Source:
         chosen = [image for place in range(start, start + size) for image in self._group_at(seed, place)]
         bad: list[str] = []
         for _ in range(ATTEMPTS):
+            batch = None
             try:
                 batch = self.batch(chosen, rng)
             except NothingReadable as error:
                 bad += error.bad
             else:
                 bad += batch.bad
-                if batch.blocks or not batch.bad:
-                    batch.bad = bad
-                    return batch
-            # of these images nothing can be learned: others take their place, and they are counted
+                if batch.blocks:
+                    break
+            # of these images nothing can be learned, as they can't be read or no record is true of them as they are
+            # shown: others take their place, and what can't be read is counted
             chosen = [image for _ in range(size) for image in rng.choice(self.groups)]
-        raise NothingReadable(self.name, bad)
+        if batch is None or not batch.blocks and bad:
+            raise NothingReadable(self.name, bad)
+        batch.bad = bad
+        return batch
 
     def _group_at(self, seed: int, place: int) -> list[int]:
         """The group at a place of the endless sequence of shuffled epochs."""

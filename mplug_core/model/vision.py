@@ -80,13 +80,16 @@ class VisualEncoder(nn.Module):
             if probe.dim() != 4:
                 reason = f"{vision.backbone} gives neither a grid nor a vision transformer's tokens"
                 raise CheckpointError(reason, "choose another model.vision.backbone")
-            self.backbone.train()
             _, self.last_width, *grid = self._channels_first(probe).shape
             self.grid = tuple(grid)
             self.pooled_width = 2 * self.last_width
             self.width = self.last_width
             if self.levels:
-                self.width = self._with_levels(torch.zeros(1, 3, vision.image_size, vision.image_size)).shape[-1]
+                with torch.no_grad():
+                    probe = self._with_levels(torch.zeros(1, 3, vision.image_size, vision.image_size))
+                self.width = probe.shape[-1]
+            # only now: probing in training mode would enter the statistics of batch norms
+            self.backbone.train()
 
     def _channels_first(self, grid: Tensor) -> Tensor:
         return grid.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else grid
@@ -110,7 +113,7 @@ class VisualEncoder(nn.Module):
         try:
             last, levels = self.backbone.forward_intermediates(pixels, indices=self.levels)
             folded = [F.pixel_unshuffle(level, level.shape[-1] // self.grid[-1]) for level in levels]
-            return torch.cat([last, *folded], 1).flatten(2).transpose(1, 2)
+            return torch.cat([self._channels_first(last), *folded], 1).flatten(2).transpose(1, 2)
         except (AttributeError, AssertionError, IndexError, RuntimeError) as error:
             reason = f"levels {self.levels} of the backbone can't be had: {error}"
             raise CheckpointError(reason, "correct model.vision.levels") from error

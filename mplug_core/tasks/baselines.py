@@ -79,7 +79,8 @@ def prior_answer(learned: Sequence[Any], records: Sequence[Any]) -> Scored:
     """The most frequent answer to questions that begin with the same words, as many of them as were ever seen."""
     groups: dict[str, list[Any]] = defaultdict(list)
     for record in learned:
-        for start in _starts(record.question):
+        # one without an answer has nothing to repeat, but all of them together are still a fault
+        for start in _starts(record.question) if record.answers else ("",):
             groups[start].append(record)
     best = {start: _most_frequent(_answers(group)) for start, group in groups.items()}
     said = [next(best[start] for start in _starts(record.question) if start in best) for record in records]

@@ -61,9 +61,9 @@ class RetrievalTask:
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Recall at 1, 5 and 10 both ways, and their mean.
 
-        The ``candidates`` best by ITC, or all if there are fewer, are re-ranked by ITM: by default as many as the model's
-        configuration says (256 as in the paper; 0 where the matching head was hardly trained), and none for a dual
-        encoder; 0 is ITC alone.
+        The ``candidates`` best by ITC, or all if there are fewer, are re-ranked by ITM: by default as many as the
+        model's configuration says (256 as in the paper; 0 where the matching head was hardly trained), and none for a
+        dual encoder; 0 is ITC alone.
 
         Every caption of an image is right for it, and so is every image for a caption that it has word for word (in
         cleaned form), though the record be another's: such pairs can't be told apart. Predictions have a line a query,

@@ -120,7 +120,8 @@ class EvaluateOptions(BaseModel):
     ``options`` names.
 
     ``decoding`` replaces the task's own; ``answers`` are candidates to rank instead of generating; ``candidates`` is
-    how many of the best by ITC are re-ranked by ITM (0: none), with the score that ``rerank`` names.
+    how many of the best by ITC are re-ranked by ITM (0: none), with the score that ``rerank`` names; ``draws`` is how
+    many boxes are drawn of which the safest is the answer (0: greedy).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,6 +132,7 @@ class EvaluateOptions(BaseModel):
     answers: tuple[str, ...] | None = None
     candidates: Annotated[int, Field(ge=0)] | None = None
     rerank: Literal["itm", "itm+itc"] = "itm"
+    draws: Annotated[int, Field(ge=0)] | None = None
 
 
 class Task(Protocol):

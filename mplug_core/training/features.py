@@ -23,11 +23,13 @@ def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int =
     View 0 is the plain image, the others are augmented as the source says. DataError if an image can't be read.
     """
     views = source.section.cached_views
-    names = "\n".join(str(image) for image in source.images)
-    weights = sum(float(p.double().abs().sum()) for p in model.visual.parameters())
+    names = "\n".join(f"{image} {_stamp(image)}" for image in source.images)
+    # buffers, too: the statistics of batch norms
+    weights = [float(t.double().abs().sum()) for t in (*model.visual.parameters(), *model.visual.buffers())]
     boxes = [source.targets(image) for image in range(len(source.images))]  # which crops are made around
-    settings = f"{source.section.augment}{source.section.crop_scale}{source.vision}{weights:.6e}{views}{boxes}"
-    key = hashlib.sha256(f"{names}{settings}".encode()).hexdigest()[:16]
+    tasks = sorted(source.section.tasks)  # they decide whether crops are, and which augmentations
+    settings = f"{source.section.augment}{source.section.crop_scale}{source.vision}{sum(weights):.6e}{views}{boxes}"
+    key = hashlib.sha256(f"{names}{settings}{tasks}".encode()).hexdigest()[:16]
     file, places = (folder / f"{source.name}-{key}{ending}.npy" for ending in ("", "-placements"))
     if file.exists() and places.exists():
         return np.load(file, mmap_mode="r"), np.load(places)
@@ -60,3 +62,12 @@ def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int =
     # the features come last: where they are, everything is
     os.replace(beside, file)
     return np.load(file, mmap_mode="r"), placements
+
+
+def _stamp(image: Path) -> str:
+    """Size and time of change of a file: another picture may come under the same name. Nothing for one not there."""
+    try:
+        status = os.stat(image)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"

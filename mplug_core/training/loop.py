@@ -73,8 +73,8 @@ class StageLoop:
         self.teacher, self.queue = teacher, queue
         self.recipe, self.world, self.progress = trainer.recipe, trainer.world, trainer.progress
         teacher_settings = self.recipe.teacher
-        epoch = max(source.steps_per_epoch(self.world.size) for source in sources)
-        self.ramp_steps = teacher_settings.ramp_steps or epoch
+        epoch = max(source.steps_per_epoch(self.world.size) for source in sources) // self.recipe.engine.accumulate
+        self.ramp_steps = teacher_settings.ramp_steps or max(1, epoch)
         self.log: dict[str, list[float]] = {}
 
     def run(self) -> None:

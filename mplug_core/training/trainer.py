@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from mplug_core.data.batches import Source
-from mplug_core.data.scenes import write_scenes
+from mplug_core.data.scenes import holds_scenes, write_scenes
 from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption, clean_question
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
@@ -97,12 +98,14 @@ class Trainer:
 
     def _render_scenes(self) -> None:
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
-        if scenes is None or folder.exists():
+        if scenes is None or holds_scenes(folder, scenes.n, scenes.seed, scenes.size):
             return
+        if self.checkpoint is not None and folder.exists():
+            return  # other scenes, and so another recipe, which is refused when all of it is known
         if self.world.is_first:
             self.watch("note", {"text": f"rendering {scenes.n} scenes"})
             write_scenes(folder, scenes.n, scenes.seed, scenes.size)
-        while not folder.exists():  # the other processes are not yet connected
+        while not holds_scenes(folder, scenes.n, scenes.seed, scenes.size):  # this is another process, not yet connected
             time.sleep(1)
 
     def _tokenizer(self, start: Stored | None) -> Tokenizer:
@@ -191,14 +194,25 @@ class Trainer:
         return source
 
     def _check_evaluations(self) -> None:
-        """DataError now, not after hours of training, where there is nothing to evaluate."""
+        """DataError or RecipeError now, not after hours of training, where nothing can be evaluated."""
         if self.world.is_first:
             for name, section in self.recipe.evaluate.items():
+                self._evaluation_options(name)
                 for task in section.tasks:
                     try:
                         self.tasks[task].read(self._placed(section))
                     except DataError as error:
                         raise DataError(f"evaluate.{name}: {error.message}", error.hint) from error
+
+    def _evaluation_options(self, name: str) -> EvaluateOptions:
+        """How ``evaluate.NAME`` is evaluated; RecipeError where its options are none."""
+        section = self.recipe.evaluate[name]
+        try:
+            return EvaluateOptions(**{"limit": section.limit, **section.options})
+        except ValidationError as error:
+            faults = "; ".join(".".join(map(str, fault["loc"])) + f": {fault['msg']}" for fault in error.errors())
+            known = ", ".join(EvaluateOptions.model_fields)
+            raise RecipeError(f"evaluate.{name}.options: {faults}", f"options: {known}") from error
 
     def steps_of(self, stage: StageSection) -> int:
         """Optimizer steps of a stage: its own, else the recipe's steps or epochs."""
@@ -390,8 +404,8 @@ class Trainer:
         ready = Ready(model.eval().to(self.world.device), self.tokenizer)
         metrics: dict[str, float] = {}
         for name, section in self.recipe.evaluate.items():
+            options = self._evaluation_options(name)
             for task in section.tasks:
-                options = EvaluateOptions(limit=section.limit, **section.options)
                 result = evaluated_task(task).evaluate(ready, self._placed(section), options)
                 metrics |= {f"{name}/{task}/{metric}": value for metric, value in result.metrics.items()}
         return metrics

@@ -171,6 +171,17 @@ def test_batch_without_any_readable_image(tmp_path: Path) -> None:
         source(captions([tmp_path / f"{k}.png" for k in range(4)])).draw(0, 0, 0, 1)
 
 
+def test_a_batch_of_which_nothing_is_true_is_drawn_anew(photos: list[Path]) -> None:
+    """A pair of which an image is mirrored, and its statement, which names a side."""
+    pairs = [(photos[2 * k], photos[2 * k + 1]) for k in range(6)]
+    section = SourceSection(path="x", batch_size=2, augment="flip", tasks={"statements": 1})
+    texts = ["a dog is left of a cat"] + ["there are two dogs"] * 5
+    records = {"statements": [StatementRecord(pair, text, True) for pair, text in zip(pairs, texts, strict=True)]}
+    one = Source("s", section, records, VISION, {"statements": encode})
+    drawn = [one.draw(0, step, 0, 1) for step in range(12)]
+    assert all(batch.blocks["statements"]["rows"].tolist() == [[0, 1]] and not batch.bad for batch in drawn)
+
+
 def test_no_records() -> None:
     with pytest.raises(DataError, match="no records"):
         source({"pretrain": []})

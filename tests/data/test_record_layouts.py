@@ -221,6 +221,26 @@ def test_refcoco(protocol: int, tmp_path: Path) -> None:
         read_phrases(folder, "train")
 
 
+def test_of_several_refs_the_split_that_results_are_reported_on(tmp_path: Path) -> None:
+    """RefCOCO is published with refs(google).p beside refs(unc).p, RefCOCOg beside refs(umd).p."""
+    folder = refcoco(tmp_path / "refcoco")
+    unc = folder / "refs(unc).p"
+    (folder / "refs(google).p").write_bytes(unc.read_bytes())
+    assert read_phrases(folder, "train").source == unc
+    unc.rename(folder / "refs(umd).p")
+    assert read_phrases(folder, "train").source.name == "refs(umd).p"
+    (folder / "refs(umd).p").unlink()
+    assert read_phrases(folder, "train").source.name == "refs(google).p"
+
+
+def test_vqa_v2_comes_before_the_first_edition(tmp_path: Path) -> None:
+    for edition in ("", "v2_"):
+        write_json(tmp_path / f"{edition}OpenEnded_mscoco_val2014_questions.json", vqa_questions("val2014"))
+    picture(tmp_path / "val2014/COCO_val2014_000000000009.jpg")
+    found = read_questions(tmp_path, "val2014")
+    assert found.source.name == "v2_OpenEnded_mscoco_val2014_questions.json"
+
+
 def test_coco_boxes(tmp_path: Path) -> None:
     def row(key: int, category: int, **more: Any) -> dict[str, Any]:
         return {"id": key, "image_id": 7, "category_id": category, "bbox": [10, 10, 50, 20], **more}

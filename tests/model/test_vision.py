@@ -165,6 +165,11 @@ class TestLevels:
         assert torch.allclose(both[:, 0, start : start + corner.shape[1]], corner, atol=1e-5)
         assert torch.equal(rich.pool(both), plain.pool(both[..., : plain.width]))
 
+    def test_building_leaves_the_statistics_of_batch_norms_alone(self) -> None:
+        buffers = dict(VisualEncoder(small_config(vision={**CNN, "levels": [1, 2]})).backbone.named_buffers())
+        means = [value for name, value in buffers.items() if name.endswith("running_mean")]
+        assert means and not any(value.any() for value in means)
+
     def test_a_stage_that_is_not_there(self) -> None:
         with pytest.raises(CheckpointError, match="levels"):
             VisualEncoder(small_config(vision={**CNN, "levels": [9]}))

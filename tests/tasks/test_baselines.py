@@ -53,6 +53,12 @@ def test_majority_and_prior_answers(tmp_path: Path) -> None:
     assert baseline("majority", "vqa", train, asked, EvaluateOptions(limit=2)).n == 2
 
 
+def test_prior_of_questions_without_an_answer(tmp_path: Path) -> None:
+    train = questions(tmp_path, "train.jsonl", [("is it day?", "yes"), ("who is this?", None)])
+    asked = questions(tmp_path, "val.jsonl", [("who is this?", "yes")])
+    assert [p["answer"] for p in baseline("prior", "vqa", train, asked).predictions] == ["yes"]
+
+
 def test_majority_label(tmp_path: Path) -> None:
     def entailments(name: str, labels: str) -> DataSpec:
         words = {"e": "entailment", "n": "neutral", "c": "contradiction"}

@@ -20,7 +20,7 @@ from mplug_core.recipe import DataSpec
 from mplug_core.tasks import grounding
 from mplug_core.tasks.constant_box import CENTER, WHOLE_IMAGE, baseline_boxes, constant_box, constant_boxes
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.grounding import GroundingTask, decode_bins, find_boxes
+from mplug_core.tasks.grounding import GroundingTask, decode_bins, draw_bins, find_boxes, safest
 from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Texts
 from tests.small import CNN, random_inputs, small_model
 
@@ -64,7 +64,7 @@ def test_answers_are_in_the_picture(
     records = task.read(wide).records
     shares = {record.phrase: record.box for record in records}
 
-    def perfect(ready: Ready, images: Any, rows: Any, phrases: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def perfect(ready: Ready, images: Any, rows: Any, phrases: Any, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
         boxes = []
         for phrase in phrases:
             x0, y0, x1, y1 = shares[phrase]
@@ -96,12 +96,12 @@ def test_training_and_testing_see_the_same_boxes(tokenizer: Tokenizer) -> None:
     assert block["inputs"][0].tolist() == [tokenizer.cls_id, *(tokenizer.box_id(int(b)) for b in block["bins"][0, :3])]
 
 
-def test_find_boxes_is_greedy_over_box_tokens(ready: Ready) -> None:
+def test_find_boxes_without_draws_is_greedy_over_box_tokens(ready: Ready) -> None:
     """The same four tokens and their probabilities from the decoder without a cache."""
     images, _, _ = random_inputs(ready.model)
     phrases = ["the red circle", "a large blue square", "the circle", "the red circle"]
     where = [0, 1, 2, 2]
-    boxes, confidence = find_boxes(ready, images, where, phrases)
+    boxes, confidence = find_boxes(ready, images, where, phrases, draws=0)
     tokenizer, model = ready.tokenizer, ready.model
     ids, mask = ready.texts.encode(phrases)
     with torch.no_grad():
@@ -120,6 +120,32 @@ def test_find_boxes_is_greedy_over_box_tokens(ready: Ready) -> None:
     assert boxes.shape == (4, 4)
     assert (confidence[0] - confidence[3]).abs() > 1e-4, "the row of the image counts"
     assert ((other - confidence).abs() > 1e-4).any(), "the decoder's start counts"
+
+
+def test_draws_have_the_models_distribution(ready: Ready) -> None:
+    images, _, _ = random_inputs(ready.model)
+    tokenizer, model = ready.tokenizer, ready.model
+    ids, mask = ready.texts.encode(["the red circle", "a square"])
+    box_ids = torch.tensor([tokenizer.box_id(b) for b in range(tokenizer.bins)])
+    with torch.no_grad():
+        memory, memory_mask = model.memory(images[torch.tensor([0, 1])], model.encode_text(ids, mask), mask)
+        drawn = draw_bins(model, memory, memory_mask, box_ids, tokenizer.cls_id, 400)
+        alone = draw_bins(model, memory[1:], memory_mask[1:], box_ids, tokenizer.cls_id, 400)
+        first = model.decode(torch.full((2, 1), tokenizer.cls_id), memory, memory_mask)[:, -1, box_ids].softmax(-1)
+    assert drawn.shape == (2, 400, 4) and torch.equal(drawn[1:], alone), "the batch changes nothing"
+    counts = torch.stack([torch.bincount(row, minlength=tokenizer.bins) for row in drawn[..., 0]])
+    # spread evenly: each count is within one of its expectation on either side of the bin
+    assert ((counts / 400 - first).abs() <= 2 / 400).all()
+
+
+def test_the_safest_box_overlaps_most_of_the_drawn() -> None:
+    """A model that is sure of nothing but the middle names many small boxes there: the box around them is safer."""
+    small, large = [0.4, 0.4, 0.5, 0.5], [0.2, 0.2, 0.8, 0.8]
+    drawn = torch.tensor([[small, large, [0.2, 0.2, 0.8, 0.7], [0.25, 0.2, 0.8, 0.8]]])
+    box, share = safest(torch.tensor([small]), drawn)
+    assert box[0].tolist() == pytest.approx(large) and share.item() == 0.75
+    box, share = safest(torch.tensor([small]), torch.tensor([[small] * 3]))
+    assert box[0].tolist() == pytest.approx(small) and share.item() == 1
 
 
 def test_loss_of_boxes_that_are_none(ready: Ready) -> None:

@@ -170,7 +170,7 @@ def test_temperature_is_what_the_recipe_says() -> None:
     start = stored()
     model = Mplug(start.config)
     fill_from(model, WORDS, start, temperature=0.5)
-    assert float(model.temperature) == 0.5
+    assert model.temperature.item() == 0.5
 
 
 def test_what_does_not_fit_is_named() -> None:

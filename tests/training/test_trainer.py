@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
 from mplug_core.recipe import Recipe
 from mplug_core.training.checkpoint import latest_checkpoint
+from mplug_core.training.features import cache_features
 from mplug_core.training.trainer import Progress, Trainer, forget_later_metrics, refuse_other_recipe, train
 from mplug_core.weights.folder import load_model
 from tests.training.recipes import scene_recipe
@@ -272,6 +273,49 @@ def test_cached_features_are_computed_once(scenes: Path, tmp_path: Path) -> None
             want = trainer.model.visual((pixels.flip(-1) if x_scale < 0 else pixels)[None])
         assert torch.allclose(torch.from_numpy(source.features[1, image]).float(), want[0], atol=2e-2)
     assert 0 < (source.placements[1, :, 0] < 0).sum() < len(source.images)
+
+
+def test_cached_features_are_of_these_pictures_and_this_encoder(scenes: Path, tmp_path: Path) -> None:
+    """Another picture under the same name, other statistics of batch norms, and other tasks are other features."""
+    shutil.copytree(scenes, tmp_path / "scenes")
+    changes = ("freeze=[visual]", "data.sources.scenes.cached_views=1")
+    trainer = Trainer(scene_recipe(tmp_path / "scenes", tmp_path / "run", *changes), lambda *a: None)
+    source, folder = trainer.sources["scenes"], tmp_path / "run" / "features"
+
+    def files() -> int:
+        cache_features(source, trainer.model, folder)
+        return len([file for file in folder.iterdir() if "placements" not in file.name])
+
+    assert files() == 1
+    os.utime(source.images[0], ns=(1, 1))
+    assert files() == 2
+    next(buffer for buffer in trainer.model.visual.buffers() if buffer.is_floating_point()).add_(1)
+    assert files() == 3
+    source.section = source.section.model_copy(update={"tasks": {"vqa": 1}})
+    assert files() == 4
+
+
+def test_scenes_of_a_run_are_those_of_its_recipe(scenes: Path, tmp_path: Path) -> None:
+    def rendered(seed: int, resume: str = "never") -> int:
+        changes = ("data.scenes.n=4", f"data.scenes.seed={seed}", "data.scenes.size=32", "steps=1")
+        train(scene_recipe(scenes, tmp_path / "run", *changes), resume)
+        return json.loads((tmp_path / "run" / "scenes" / "scenes.json").read_text())["seed"]
+
+    assert [rendered(1), rendered(2)] == [1, 2]
+    (tmp_path / "run" / "scenes" / "scenes.json").unlink()  # a run that was killed while it rendered
+    shutil.rmtree(tmp_path / "run" / "scenes" / "val")
+    (tmp_path / "run" / "scenes" / "train").rename(tmp_path / "run" / "scenes" / ".building")
+    shutil.rmtree(tmp_path / "run" / "scenes" / "held_out")
+    assert rendered(2) == 2
+    with pytest.raises(CheckpointError, match="data.scenes.seed: 2 -> 3"):
+        rendered(3, "auto")
+    assert json.loads((tmp_path / "run" / "scenes" / "scenes.json").read_text())["seed"] == 2
+
+
+def test_options_of_an_evaluation_are_checked_before_training(scenes: Path, tmp_path: Path) -> None:
+    evaluate = {"val": {"path": str(scenes), "split": "train", "tasks": ["vqa"], "options": {"candidate": 3}}}
+    with pytest.raises(RecipeError, match="evaluate.val.options: candidate"):
+        Trainer(scene_recipe(scenes, tmp_path / "run", evaluate=evaluate), lambda *a: None)
 
 
 def test_batches_of_progress() -> None:

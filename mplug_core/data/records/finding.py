@@ -147,9 +147,18 @@ def _no_split(kind: str, path: Path, split: str, splits: Sequence[str]) -> DataE
 def _splits(kind: str, folder: Path, formats: Sequence[Layout], format: str | None) -> dict[str, Callable[[], Source]]:
     """Split ("" if the name has none) -> how to get its source, which may mean reading the file."""
     splits: dict[str, Callable[[], Source]] = {}
+    patterns: dict[tuple[str, str], int] = {}
 
     def add(split: str, path: Path, among: Sequence[Layout] = formats) -> None:
         splits.setdefault(split, lambda: _source(kind, path, among, format, split or None))
+
+    def add_official(split: str, pattern: int, path: Path, layout: Layout) -> None:
+        # of one layout's names for one split the earlier pattern counts, whatever the alphabet says
+        if pattern < patterns.get((split, layout.name), pattern):
+            del splits[split]
+        if split not in splits:
+            patterns[split, layout.name] = pattern
+        add(split, path, (layout,))
 
     for entry, name in _entries(folder):
         if (split := _own_split(kind, name)) and os.path.isfile(entry):
@@ -158,7 +167,7 @@ def _splits(kind: str, folder: Path, formats: Sequence[Layout], format: str | No
         for layout in formats:
             found = _match(layout, name, entry)
             if found is not None:
-                add(found, entry, (layout,))
+                add_official(*found, entry, layout)
                 break
     for sub in _subfolders(folder):
         for own in (f"{kind}.jsonl", f"{kind}.jsonl.gz"):
@@ -185,16 +194,16 @@ def _own_split(kind: str, name: str) -> tuple[str, str | None] | None:
     return stem, stem[len(kind) + 1 :] or None
 
 
-def _match(layout: Layout, name: str, path: Path) -> str | None:
-    """The split in a name ("" for none) that fits a layout; None if it doesn't."""
-    for pattern in layout.names:
+def _match(layout: Layout, name: str, path: Path) -> tuple[str, int] | None:
+    """The split in a name ("" for none) that fits a layout, and by which of its patterns; None if it doesn't."""
+    for number, pattern in enumerate(layout.names):
         if match := re.fullmatch(pattern, name):
             try:
                 if layout.common and not layout.looks(File(path)):
                     return None
             except DataError:
                 return None
-            return match.groupdict().get("split") or ""
+            return match.groupdict().get("split") or "", number
     return None
 
 

@@ -299,7 +299,10 @@ LAYOUTS = (
     Layout(
         "vqa", _is_vqa, _vqa, _vqa_item,
         places("images", *_COCO_SUBTYPES),
-        (r"(v2_)?(OpenEnded|MultipleChoice)_(mscoco_)?(?P<split>[\w-]+)_questions\.json",),
+        (
+            r"v2_OpenEnded_(mscoco_)?(?P<split>[\w-]+)_questions\.json",
+            r"(v2_)?(OpenEnded|MultipleChoice)_(mscoco_)?(?P<split>[\w-]+)_questions\.json",
+        ),
     ),
     Layout(
         "vgqa", lambda file: file.shape == "list" and "qas" in file.sample, _vgqa, _vgqa_item,

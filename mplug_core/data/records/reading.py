@@ -33,8 +33,8 @@ class Layout:
     """One format of one kind of records.
 
     ``folders`` are the places where its images may be, best first. ``names`` are patterns of the file's name in a
-    folder; the group ``split`` is the split. Names that other data sets have, too, are ``common``: such a file counts
-    if it looks right. ``inside`` lists the splits of a file that has several.
+    folder, the preferred ones first; the group ``split`` is the split. Names that other data sets have, too, are
+    ``common``: such a file counts if it looks right. ``inside`` lists the splits of a file that has several.
     """
 
     name: str

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from .captions import caption_correct, captions, parse_caption
 from .entailments import entailments
-from .folder import SPLITS, read_scenes, write_scenes
+from .folder import SPLITS, holds_scenes, read_scenes, write_scenes
 from .labels import patch_labels
 from .leaks import text_only_accuracy
 from .phrases import phrases
@@ -33,6 +33,7 @@ __all__ = [
     "caption_correct",
     "captions",
     "entailments",
+    "holds_scenes",
     "parse_caption",
     "patch_labels",
     "phrases",

@@ -78,6 +78,15 @@ def write_scenes(
         ) from error
 
 
+def holds_scenes(out: str | Path, n: int, seed: int, size: int) -> bool:
+    """Whether :func:`write_scenes` has written these scenes to ``out``, to the last one."""
+    try:
+        about = json.loads((Path(out) / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and [about.get(key) for key in ("n", "seed", "size")] == [n, seed, size]
+
+
 def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", hint="name a folder")
