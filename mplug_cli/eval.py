@@ -14,6 +14,7 @@ import typer
 from mplug_cli import show
 from mplug_cli.device import check_device, choose_device
 from mplug_cli.streams import json_line, write_line
+from mplug_cli.vqa import read_answers
 from mplug_core.errors import DataError, MplugError, UsageError
 from mplug_core.recipe import nearest
 
@@ -27,7 +28,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "caption": ("decoding",),
     "vqa": ("decoding", "answers"),
     "retrieval": ("candidates", "rerank"),
-    "grounding": (),
+    "grounding": ("draws",),
     "statements": (),
     "entailment": (),
     "reasoning": (),
@@ -124,7 +125,7 @@ def evaluate(
     asked = _Asked(tasks, layout, beam, candidates, rerank, answers, baseline, train, predictions, results)
     _check(asked)
     check_device(device)
-    listed = _read_answers(answers)
+    listed = None if answers is None else tuple(read_answers(answers))
 
     import torch
 
@@ -221,23 +222,6 @@ def _options(task: Any, asked: _Asked, answers: tuple[str, ...] | None) -> dict[
         greedy = "greedy" if asked.beam == 1 else "beam"
         options["decoding"] = task.decoding.model_copy(update={"beams": asked.beam, "strategy": greedy})
     return {name: value for name, value in options.items() if value is not None and name in task.options}
-
-
-def _read_answers(file: Path | None) -> tuple[str, ...] | None:
-    """The lines of a file that are not empty."""
-    if file is None:
-        return None
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"--answers {file} can't be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}",
-            "an answer a line",
-        ) from error
-    listed = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not listed:
-        raise DataError(f"--answers {file} holds no answer", "an answer a line")
-    return listed
 
 
 def _open(file: Path | None, flag: str) -> Any:

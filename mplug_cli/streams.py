@@ -259,7 +259,11 @@ def write_line(text: str) -> None:
     if sys.stdout is None:
         raise BrokenPipeError
     try:
-        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        line = text.encode("utf-8", "surrogateescape")  # names that are no Unicode as the bytes that they are
+    except UnicodeEncodeError:
+        line = text.encode("utf-8", "backslashreplace")
+    try:
+        sys.stdout.buffer.write(line + b"\n")
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         raise

@@ -135,9 +135,7 @@ def read_answers(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
-        raise DataError(
-            f"{file} can't be read: {error.strerror}", "--answers names a file, one answer a line"
-        ) from error
+        raise DataError(f"{file} can't be read: {error.strerror}", hint) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text", hint) from error
     found = list(dict.fromkeys(line for line in lines if any(c.isalnum() for c in line)))

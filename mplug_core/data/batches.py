@@ -153,7 +153,7 @@ class Source:
             # of these images nothing can be learned, as they can't be read or no record is true of them as they are
             # shown: others take their place, and what can't be read is counted
             chosen = [image for _ in range(size) for image in rng.choice(self.groups)]
-        if batch is None or not batch.blocks and bad:
+        if batch is None or (bad and not batch.blocks):
             raise NothingReadable(self.name, bad)
         batch.bad = bad
         return batch

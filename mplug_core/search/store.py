@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mplug_core.weights.folder import Loaded
@@ -106,9 +106,10 @@ def read_store(folder: str, key: str, dim: int) -> Store:
 
 
 def _read(place: Path, dim: int) -> dict[tuple[str, Stamp], Tensor]:
-    place.stat()  # safetensors says "no such file" in an error of its own
-    with safe_open(place, "pt") as file:
-        features, index = file.get_tensor("features"), json.loads((file.metadata() or {})["index"])
+    data = place.read_bytes()  # safetensors opens no path that isn't UTF-8
+    features = load(data)["features"]
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    index = json.loads(header["__metadata__"]["index"])
     if features.shape != (len(index), dim) or features.dtype != torch.float32:
         raise ValueError(f"features of shape {tuple(features.shape)} for {len(index)} files")
     if not features.isfinite().all():

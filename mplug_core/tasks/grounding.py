@@ -117,9 +117,7 @@ def find_boxes(
     return boxes.cpu(), confidence.float().cpu()
 
 
-def draw_bins(
-    model: Mplug, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int, draws: int
-) -> Tensor:
+def draw_bins(model: Mplug, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int, draws: int) -> Tensor:
     """Bins [n, ``draws``, 4] drawn from the model's distribution over box tokens.
 
     The draws are spread evenly over the probability of each token (a Latin hypercube) and are the same for every

@@ -25,7 +25,7 @@ def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int =
     views = source.section.cached_views
     names = "\n".join(f"{image} {_stamp(image)}" for image in source.images)
     # buffers, too: the statistics of batch norms
-    weights = [float(t.double().abs().sum()) for t in (*model.visual.parameters(), *model.visual.buffers())]
+    weights = [float(t.detach().double().abs().sum()) for t in (*model.visual.parameters(), *model.visual.buffers())]
     boxes = [source.targets(image) for image in range(len(source.images))]  # which crops are made around
     tasks = sorted(source.section.tasks)  # they decide whether crops are, and which augmentations
     settings = f"{source.section.augment}{source.section.crop_scale}{source.vision}{sum(weights):.6e}{views}{boxes}"

@@ -87,6 +87,14 @@ class StageLoop:
         self.trainer.watch(
             "start", {"stage": self.stage.name, "step": first, "steps": last, "total": self.progress.total}
         )
+        every = self.recipe.run.evaluate_every
+        if every and 0 < first < last and first % every == 0 and self.progress.scores_at < self.progress.total:
+            # the run was told to stop before this evaluation, on which best and patience depend
+            self._evaluate()
+            if self._out_of_patience(first):
+                self.progress.step = last
+                self._save()
+                return
         began, images = time.perf_counter(), 0
         for step in range(first, last):
             for micro in range(accumulate):
@@ -110,14 +118,10 @@ class StageLoop:
                 self._write_log(step, images * self.world.size / (now - began))
                 began, images = now, 0
             stopping = self.world.any(self.trainer.stop_signal is not None)
-            every = self.recipe.run.evaluate_every
             if ended or (every and (step + 1) % every == 0 and not stopping):
                 self._evaluate()
                 began = time.perf_counter()
-                patience = self.recipe.run.patience
-                if not ended and self.world.any(0 < patience <= self.progress.stale):
-                    best = f"{self.recipe.run.best} was best at step {self.progress.best_at}"
-                    self.trainer.watch("note", {"text": f"stage {self.stage.name} ends at step {step + 1}: {best}"})
+                if not ended and self._out_of_patience(step + 1):
                     ended, self.progress.step = True, last
             if ended or stopping or (step + 1) % self.recipe.run.save_every == 0:
                 self._save()
@@ -246,6 +250,14 @@ class StageLoop:
             if better:
                 self.trainer.export(state, "best")
         self.world.barrier()
+
+    def _out_of_patience(self, step: int) -> bool:
+        """Whether the stage ends at this step, as too many evaluations have brought no new best."""
+        if not self.world.any(0 < self.recipe.run.patience <= self.progress.stale):
+            return False
+        best = f"{self.recipe.run.best} was best at step {self.progress.best_at}"
+        self.trainer.watch("note", {"text": f"stage {self.stage.name} ends at step {step}: {best}"})
+        return True
 
     def _save(self) -> None:
         state = {

@@ -105,7 +105,7 @@ class Trainer:
         if self.world.is_first:
             self.watch("note", {"text": f"rendering {scenes.n} scenes"})
             write_scenes(folder, scenes.n, scenes.seed, scenes.size)
-        while not holds_scenes(folder, scenes.n, scenes.seed, scenes.size):  # this is another process, not yet connected
+        while not holds_scenes(folder, scenes.n, scenes.seed, scenes.size):  # another process, not yet connected
             time.sleep(1)
 
     def _tokenizer(self, start: Stored | None) -> Tokenizer:

@@ -193,7 +193,7 @@ def test_a_wrong_option_is_answered_without_torch():
 
 def test_answers_that_are_none(mplug, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    for name, words in (("empty.txt", "holds no answer"), ("none.txt", "can't be read")):
+    for name, words in (("empty.txt", "has no answers"), ("none.txt", "can't be read")):
         done = mplug("eval", "--task", "vqa", "--data", "x", "--answers", tmp_path / name)
         assert done.code == 3 and words in done.error
 

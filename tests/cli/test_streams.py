@@ -29,6 +29,12 @@ def test_json_is_readable_and_survives_what_is_no_unicode():
     assert json.loads(streams.json_line({"image": "\udcff"})) == {"image": "\udcff"}
 
 
+def test_plain_lines_keep_the_bytes_of_names(capfdbinary):
+    streams.write_line("1.0\tcaf\udce9.jpg")
+    streams.write_line("half \ud800")
+    assert capfdbinary.readouterr().out == b"1.0\tcaf\xe9.jpg\nhalf \\ud800\n"
+
+
 @pytest.fixture
 def server(photo) -> Iterator[str]:
     """A web server on this machine with a photo, a page, and nothing else."""

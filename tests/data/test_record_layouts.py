@@ -190,7 +190,9 @@ def test_daquar(tmp_path: Path) -> None:
     picture(tmp_path / "images/image3.png", tmp_path / "images/image10.jpg")
     found = read_questions(write_lines(tmp_path / "qa_train.csv", *rows).parent, "train")
     assert found.records == [
-        QuestionRecord(tmp_path / "images/image3.png", "what is there", ("book", "desk lamp"), (0.5, 0.5), "", together=True),
+        QuestionRecord(
+            tmp_path / "images/image3.png", "what is there", ("book", "desk lamp"), (0.5, 0.5), "", together=True
+        ),
         QuestionRecord(tmp_path / "images/image10.jpg", "how many", ("2",), (1.0,), ""),
     ]
     assert found.format == "daquar" and 'field "image_id" is missing' in found.broken[0].message

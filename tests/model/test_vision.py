@@ -159,14 +159,17 @@ class TestLevels:
         assert torch.allclose(both[..., : plain.width], last, atol=1e-5)
         # the pixels under a cell are side by side: a cell of the first row and column has the first of the level's
         sides = [level.shape[-1] // plain.grid[1] for level in levels]
-        assert rich.width == plain.width + sum(level.shape[1] * side**2 for level, side in zip(levels, sides, strict=True))
+        assert rich.width == plain.width + sum(
+            level.shape[1] * side**2 for level, side in zip(levels, sides, strict=True)
+        )
         corner = levels[0][:, :, : sides[0], : sides[0]].flatten(1)
         start = plain.width
         assert torch.allclose(both[:, 0, start : start + corner.shape[1]], corner, atol=1e-5)
         assert torch.equal(rich.pool(both), plain.pool(both[..., : plain.width]))
 
     def test_building_leaves_the_statistics_of_batch_norms_alone(self) -> None:
-        buffers = dict(VisualEncoder(small_config(vision={**CNN, "levels": [1, 2]})).backbone.named_buffers())
+        vision = {"backbone": "resnet10t", "image_size": 32, "levels": [1, 2]}
+        buffers = dict(VisualEncoder(small_config(vision=vision)).backbone.named_buffers())
         means = [value for name, value in buffers.items() if name.endswith("running_mean")]
         assert means and not any(value.any() for value in means)
 

@@ -17,14 +17,13 @@ from mplug_core.model.teacher import Teacher
 from mplug_core.objectives.prefix_language import sequence_nll
 from mplug_core.tasks.task import Context, Texts
 from mplug_core.tasks.vqa import VqaTask, answer_logits
-from mplug_core.weights.official import Conversion, convert
-from tests.parity.golden import EXACT, LOSS, Checks, Folder
+from mplug_core.weights.official import Conversion
+from tests.parity.golden import EXACT, LOSS, Checks, Folder, released_part
 
 
 def loss(folder: Folder, name: str, checks: Checks) -> None:
     entry, t = folder.fixture(name)
     model = folder.model(entry)
-    bert = json.loads((folder.path / entry["config"]["bert_config"]).read_text())
     ids, mask, image = t["in.question_ids"], t["in.question_mask"], t["in.image"].float()
     block = {
         "image": torch.arange(len(ids)), "ids": ids, "mask": mask, "target_ids": t["in.answer_ids"],
@@ -36,7 +35,7 @@ def loss(folder: Folder, name: str, checks: Checks) -> None:
         plain.backward()
     checks.compare("out.loss_plain", plain.detach(), t["out.loss_plain"], LOSS)
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    conversion = convert(folder.weights, bert)
+    conversion = folder.conversion(entry)
     for key in [key for key in t if key.startswith("grad.")]:
         checks.compare(key, released_part(conversion, key.removeprefix("grad."), gradients), t[key], LOSS)
 
@@ -58,9 +57,8 @@ def distilled(
     entry, t = folder.fixture(name)
     own = {key: value for key, value in folder.weights.items() if not re.match(r"\w+_m\.", key)}
     momentum = {re.sub(r"^(\w+)_m\.", r"\1.", key): v for key, v in folder.weights.items() if key not in own}
-    bert = json.loads((folder.path / entry["config"]["bert_config"]).read_text())
     teacher = Teacher(model, entry["config"]["momentum"])
-    teacher.model.load_state_dict(convert({**own, **momentum}, bert).state, strict=False)
+    teacher.model.load_state_dict(folder.conversion(entry, {**own, **momentum}).state, strict=False)
     compare_momentum(checks, conversion, teacher, t, "mom_before.")
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
     teacher.update(model)
@@ -89,16 +87,6 @@ def compare_momentum(
         # a fixture holds the first rows or columns of a momentum weight
         part = released_part(conversion, source, state)[tuple(map(slice, t[key].shape))]
         checks.compare(key, part, t[key])
-
-
-def released_part(conversion: Conversion, name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """What ``tensors``, by our names, hold for a released name, which may be a third or half of a fused projection."""
-    value = tensors[conversion.used[name]]
-    part = re.search(r"(cross)?attention\.self\.(query|key|value)\.", name)
-    if part is None or (part[1] and part[2] == "query"):
-        return value
-    fused = ["key", "value"] if part[1] else ["query", "key", "value"]
-    return value.chunk(len(fused))[fused.index(part[2])]
 
 
 def ranking(folder: Folder, name: str, checks: Checks) -> None:

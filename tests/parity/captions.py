@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import torch
@@ -14,9 +13,7 @@ from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.objectives.self_critical import advantage_loss, log_probabilities
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.task import Context
-from mplug_core.weights.official import convert
-from tests.parity.answers import released_part
-from tests.parity.golden import END, LOSS, START, Checks, Folder
+from tests.parity.golden import END, LOSS, START, Checks, Folder, released_part
 
 
 def loss(folder: Folder, name: str, checks: Checks) -> None:
@@ -35,7 +32,7 @@ def loss(folder: Folder, name: str, checks: Checks) -> None:
     compare_gradients(folder, name, model, checks)
     # what captioning does not use
     unused = tuple(entry["json"]["params_without_grad_prefixes"])
-    used = convert(folder.weights, bert_config(folder, name)).used
+    used = folder.conversion(folder.manifest["fixtures"][name]).used
     gradients = {key for key, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     touched = [source for source, ours in used.items() if source.startswith(unused) and ours in gradients]
     checks.same_ids(f"no gradient for {touched[:3]}", [[touched]], [[[]]])
@@ -108,14 +105,10 @@ def released_decoding(description: str, best: int = 1) -> Decoding:
     return Decoding(strategy="released", beams=beams, min_tokens=shortest, max_tokens=longest, best=best)
 
 
-def bert_config(folder: Folder, name: str) -> dict[str, object]:
-    return json.loads((folder.path / folder.manifest["fixtures"][name]["config"]["bert_config"]).read_text())
-
-
 def compare_gradients(folder: Folder, name: str, model: Mplug, checks: Checks) -> None:
     """Each ``grad.NAME`` or ``grad.NAME.rowsFROM_TO`` of a fixture with the gradient of our parameter."""
-    _, t = folder.fixture(name)
-    conversion = convert(folder.weights, bert_config(folder, name))
+    entry, t = folder.fixture(name)
+    conversion = folder.conversion(entry)
     gradients: dict[str, Tensor] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     for key in [key for key in t if key.startswith("grad.")]:
         source, _, span = key.removeprefix("grad.").partition(".rows")

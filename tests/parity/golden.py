@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mplug_core.model.mplug import Mplug
-from mplug_core.weights.official import convert
+from mplug_core.weights.official import Conversion, convert
 
 ACTIVATION, LOSS, EXACT = 5e-5, 1e-4, 0.0
 START, END = 101, 102
@@ -50,14 +51,30 @@ class Folder:
         entry = self.manifest["fixtures"][name]
         return entry, load_file(self.path / entry["file"])
 
-    def model(self, entry: dict[str, Any], image_size: int | None = None) -> Mplug:
+    def conversion(
+        self, entry: dict[str, Any], weights: dict[str, Tensor] | None = None, image_size: int | None = None
+    ) -> Conversion:
+        """The folder's weights, or others of the same names, as ours, of the architecture of a fixture."""
         bert = json.loads((self.path / entry["config"]["bert_config"]).read_text())
-        conversion = convert(self.weights, bert, image_size)
+        return convert(self.weights if weights is None else weights, bert, image_size)
+
+    def model(self, entry: dict[str, Any], image_size: int | None = None) -> Mplug:
+        conversion = self.conversion(entry, image_size=image_size)
         conversion.require("visual", "text", "fusion", "decoder", "contrastive", "matching")
         model = Mplug(conversion.config)
         # the masked-language head is not among the released fine-tuning weights
         model.load_state_dict(conversion.state, strict=False)
         return model.eval()
+
+
+def released_part(conversion: Conversion, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """What ``tensors``, by our names, hold for a released name, which may be a third or half of a fused projection."""
+    value = tensors[conversion.used[name]]
+    part = re.search(r"(cross)?attention\.self\.(query|key|value)\.", name)
+    if part is None or (part[1] and part[2] == "query"):
+        return value
+    fused = ["key", "value"] if part[1] else ["query", "key", "value"]
+    return value.chunk(len(fused))[fused.index(part[2])]
 
 
 def record_outputs(modules: list[torch.nn.Module]) -> list[Any]:

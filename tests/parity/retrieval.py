@@ -12,7 +12,6 @@ differs from the toolkit, which is asked to do the same here:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,38 +29,9 @@ from mplug_core.objectives.matching import HardNegatives, hard_negatives
 from mplug_core.tasks.pairs import pair_losses
 from mplug_core.tasks.ranking import EncodedTexts, Rerank, match, order_by_match
 from mplug_core.tasks.task import Context, Ready
-from mplug_core.weights.official import convert
-from tests.parity.golden import ACTIVATION, EXACT, LOSS, Checks, Folder
+from tests.parity.golden import ACTIVATION, EXACT, LOSS, Checks, Folder, released_part
 
 TEACHER_PARTS = ("visual", "visual_projection", "image_projection", "text", "text_projection")
-
-
-def bert_config(folder: Folder, entry: dict[str, Any]) -> dict[str, Any]:
-    return json.loads((folder.path / entry["config"]["bert_config"]).read_text())
-
-
-def place(folder: Folder, entry: dict[str, Any], released: str) -> tuple[str, Tensor]:
-    """Where a released tensor is among ours: the name of ours, and for each released element its place in it.
-
-    Found by sending numbered elements through the converter, so that whatever it stacks or reshapes is accounted for.
-    """
-    empty = {name: torch.full(value.shape, -1.0, dtype=torch.float64) for name, value in folder.weights.items()}
-    size = empty[released].numel()
-    empty[released] = torch.arange(size, dtype=torch.float64).view(empty[released].shape)
-    state = convert(empty, bert_config(folder, entry)).state
-    for ours, value in state.items():
-        found = value.flatten()
-        if (found >= 0).any():
-            order = torch.empty(size, dtype=torch.long)
-            order[found[found >= 0].long()] = (found >= 0).nonzero()[:, 0]
-            return ours, order
-    raise AssertionError(f"the converter takes {released} nowhere")
-
-
-def of_ours(folder: Folder, entry: dict[str, Any], released: str, tensors: dict[str, Tensor], like: Tensor) -> Tensor:
-    """The released tensor ``released``, in the shape of ``like``, read from our ``tensors``."""
-    name, order = place(folder, entry, released)
-    return tensors[name].flatten()[order].view(like.shape)
 
 
 def student(name: str) -> str:
@@ -76,7 +46,7 @@ def make_teacher(folder: Folder, entry: dict[str, Any], model: Mplug) -> Teacher
     momentum = entry["config"]["momentum"]
     teacher = Teacher(model, momentum, [part for part in TEACHER_PARTS if getattr(model, part) is not None])
     copies = {name for name, _ in teacher.model.named_parameters()}
-    state = convert({**folder.weights, **theirs}, bert_config(folder, entry)).state
+    state = folder.conversion(entry, {**folder.weights, **theirs}).state
     teacher.model.load_state_dict({name: value for name, value in state.items() if name in copies}, strict=False)
     return teacher
 
@@ -114,10 +84,11 @@ def checks_of_step(
     checks: Checks,
 ) -> None:
     """One step: what comes in, what it gives, what it leaves behind."""
+    conversion = folder.conversion(entry)
     before = {key.removeprefix(f"{step}mom_before."): key for key in t if key.startswith(f"{step}mom_before.")}
     for name, key in before.items():
         if student(name).split(".")[0] != "fusion_encoder":
-            mine = of_ours(folder, entry, student(name), dict(teacher.model.state_dict()), t[key])
+            mine = released_part(conversion, student(name), teacher.model.state_dict()).view(t[key].shape)
             checks.compare(key, mine, t[key], EXACT)
     teacher.update(model)
     for name, key in before.items():
@@ -125,7 +96,7 @@ def checks_of_step(
         if student(name).split(".")[0] == "fusion_encoder":
             checks.compare(f"{key} does not move", after, t[key], EXACT)
         else:
-            mine = of_ours(folder, entry, student(name), dict(teacher.model.state_dict()), after)
+            mine = released_part(conversion, student(name), teacher.model.state_dict()).view(after.shape)
             checks.compare(key.replace("mom_before", "mom_after"), mine, after)
 
     seen: list[tuple[Tensor, Tensor]] = []
@@ -152,7 +123,7 @@ def checks_of_step(
     checks.compare(f"{step}out.queue_ptr", queue.pointer, t[f"{step}out.queue_ptr"], EXACT)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for key in (key for key in t if key.startswith(f"{step}grad.")):
-        mine = of_ours(folder, entry, key.removeprefix(f"{step}grad."), gradients, t[key])
+        mine = released_part(conversion, key.removeprefix(f"{step}grad."), gradients).view(t[key].shape)
         checks.compare(key, mine, t[key], LOSS)
 
 

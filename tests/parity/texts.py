@@ -12,7 +12,6 @@ from mplug_core.data.text import Tokenizer, clean_caption, clean_question, pad
 from mplug_core.model.mplug import Mplug
 from mplug_core.recipe import OptimizerSection
 from mplug_core.training.optimizer import parameter_groups, scheduled_lr
-from mplug_core.weights.official import convert
 from tests.parity.golden import EXACT, Checks, Folder
 
 RATE = 1e-15
@@ -95,8 +94,7 @@ def groups(folder: Folder, name: str, checks: Checks) -> None:
     """
     config = next(entry["config"] for entry in folder.manifest["fixtures"].values() if "config" in entry)
     model = folder.model({"config": config})
-    bert = json.loads((folder.path / config["bert_config"]).read_text())
-    used = convert(folder.weights, bert).used
+    used = folder.conversion({"config": config}).used
     for task, fixture in entry_of(folder, name).items():
         decays = [group["weight_decay"] for group in fixture["groups"]]
         settings = OptimizerSection(lr=1.0, visual_lr=0.5, weight_decay=max(decays))

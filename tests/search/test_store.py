@@ -43,6 +43,17 @@ def test_features_are_those_of_the_model(loaded: Loaded, names: list[str], reade
     assert (gallery.features @ gallery.features.T).fill_diagonal_(0).max() < 0.9999
 
 
+def test_a_folder_whose_name_is_no_unicode(loaded: Loaded, photos: Path, tmp_path: Path, reader) -> None:
+    try:
+        folder = photos.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    except OSError:
+        pytest.skip("names have to be Unicode here")
+    names = [str(photo) for photo in sorted(folder.glob("*.png"))]
+    first = open_gallery(loaded, names, reader)
+    second = open_gallery(loaded, names, reader)
+    assert (first.computed, second.computed) == (6, 0) and not second.notes and same(first, second)
+
+
 def test_changed_added_and_deleted_files(loaded: Loaded, photos: Path, names: list[str], reader) -> None:
     open_gallery(loaded, names, reader)
     reader.opened.clear()

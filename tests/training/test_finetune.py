@@ -264,6 +264,25 @@ class TestBest:
         assert steps(run) == [1, 2, 3, 4, 5, 6], "one evaluation without a best before, one after"
         assert (run / "best" / "README.md").read_text() == kept
 
+    def test_an_evaluation_that_a_stop_left_out_is_made_up_for(
+        self, scenes: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = finetune_recipe(scenes, start, tmp_path / "run", BEST, "run.patience=2", "steps=20", "run.log_every=1")
+        scripted(monkeypatch, 0.5, 0.4, 0.3)
+
+        def stop(kind: str, figures: dict[str, Any]) -> None:
+            if kind == "step" and figures["step"] == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Preempted):
+            train(recipe, watch=stop)
+        scripted(monkeypatch, 0.3)
+        run = train(recipe)
+        assert steps(run) == [1, 2, 3, 4, 5, 6], "the evaluation of step 6 is the second without a best"
+        events: list[str] = []
+        train(recipe, watch=lambda kind, figures: events.append(kind))
+        assert "evaluation" not in events and "step" not in events
+
     def test_a_run_started_anew_forgets_the_old_best(
         self, scenes: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
