@@ -141,7 +141,7 @@ def constant_box(learned: Sequence[Any], records: Sequence[Any]) -> Scored:
 def random_order(learned: Sequence[Any], records: Sequence[Any]) -> Scored:
     """Recall at k of an order by lot, on average: 1 - C(n - r, k) / C(n, k) for r right ones among n."""
     cleaned = [clean_caption(text) for record in records for text in record.captions]
-    texts_of, images_of = right_answers(cleaned, [len(record.captions) for record in records])
+    texts_of, images_of = right_answers(cleaned, [len(record.captions) for record in records], by_words=False)
     metrics = {}
     for way, right, count in (("i2t", texts_of, len(cleaned)), ("t2i", images_of, len(records))):
         for k in CUTS:

@@ -18,6 +18,7 @@ from mplug_core.errors import DataError
 from mplug_core.metrics.retrieval import first_ranks, recalls
 from mplug_core.model.mplug import ImageEncoding, Mplug
 from mplug_core.recipe import DataSpec
+from mplug_core.tasks.caption import scene_graphs
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.pairs import caption_groups, pair_losses
 from mplug_core.tasks.ranking import (
@@ -65,9 +66,9 @@ class RetrievalTask:
         model's configuration says (256 as in the paper; 0 where the matching head was hardly trained), and none for a
         dual encoder; 0 is ITC alone.
 
-        Every caption of an image is right for it, and so is every image for a caption that it has word for word (in
-        cleaned form), though the record be another's: such pairs can't be told apart. Predictions have a line a query,
-        images first, with its ten best and the place of the first right one.
+        Every caption of an image is right for it, and that image alone for its caption, as in the benchmarks. Only of
+        generated scenes, whose grammar says the same of many, a caption is right for every image that has it word for
+        word. Predictions have a line a query, images first, with its ten best and the place of the first right one.
         """
         candidates = default_candidates(ready) if options.candidates is None else options.candidates
         need(not candidates or ready.model.matching_head is not None, "matching head")
@@ -83,7 +84,9 @@ class RetrievalTask:
         if not shown:
             raise DataError("nothing to evaluate: no captions")
         cleaned = [clean_caption(text) for text in shown]
-        right_texts, right_images = right_answers(cleaned, [len(record.captions) for record in kept])
+        right_texts, right_images = right_answers(
+            cleaned, [len(record.captions) for record in kept], by_words=scene_graphs(records.source) is not None
+        )
         texts = encode_texts(ready, cleaned, keep_tokens=candidates > 0)
         i2t_best = nearest(images.feature, texts.feature, min(candidates, len(texts)))
         t2i_best = nearest(texts.feature, images.feature, min(candidates, len(images)))
@@ -105,12 +108,20 @@ class RetrievalTask:
         return evaluation.result(self.name, records, recalls(i2t, t2i), predictions)
 
 
-def right_answers(cleaned: Sequence[str], counts: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+def right_answers(
+    cleaned: Sequence[str], counts: Sequence[int], by_words: bool
+) -> tuple[list[list[int]], list[list[int]]]:
     """The right texts of each image and the right images of each text, as numbers.
 
-    ``cleaned``: the captions of all images one after the other, ``counts`` of each. Equal captions share their images.
+    ``cleaned``: the captions of all images one after the other, ``counts`` of each. With ``by_words`` equal captions
+    share their images, else each is its own image's alone, as the benchmarks have it.
     """
     owners = [image for image, count in enumerate(counts) for _ in range(count)]
+    if not by_words:
+        mine: list[list[int]] = [[] for _ in counts]
+        for text, image in enumerate(owners):
+            mine[image].append(text)
+        return mine, [[image] for image in owners]
     images_of: dict[str, set[int]] = defaultdict(set)
     texts_of: dict[str, list[int]] = defaultdict(list)
     for text, (caption, image) in enumerate(zip(cleaned, owners, strict=True)):

@@ -14,11 +14,9 @@ from PIL import Image
 from mplug_core.data.placement import Placement
 from mplug_core.data.records import PhraseRecord
 from mplug_core.data.text import Tokenizer
-from mplug_core.errors import DataError
 from mplug_core.objectives.box import bins_to_box, box_to_bins, box_token_loss
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks import grounding
-from mplug_core.tasks.constant_box import CENTER, WHOLE_IMAGE, baseline_boxes, constant_box, constant_boxes
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.grounding import GroundingTask, decode_bins, draw_bins, find_boxes, safest
 from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Texts
@@ -178,31 +176,6 @@ def test_weights_of_the_loss_are_the_tasks(ready: Ready) -> None:
         given = {"base": 1.0, "l1": 1.0, "giou": 1.0, **weights}
         loss = task.losses(ready.model, images, block, Context(weights={"box": 1.0}))["box"]
         assert loss.item() == pytest.approx(box_token_loss(logits, block["bins"], block["box_ids"], **given).item())
-
-
-def at(*boxes: tuple[float, ...]) -> list[PhraseRecord]:
-    return [PhraseRecord(PHOTO, str(k), box) for k, box in enumerate(boxes)]
-
-
-def test_constant_box_is_the_one_most_often_right() -> None:
-    left, other = (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 1.0, 1.0)
-    near = (0.0, 0.0, 0.45, 1.0)
-    assert constant_box(at(other, left, near, left)) == pytest.approx(left)
-    # the mean of two that both overlap with it by a half
-    assert constant_box(at((0.0, 0.0, 0.6, 1.0), (0.4, 0.0, 1.0, 1.0)))[0] == pytest.approx(0.0)
-    boxes = baseline_boxes(at(left, near))
-    assert boxes["whole"] == WHOLE_IMAGE and boxes["center"] == CENTER and set(boxes) == {"whole", "center", "constant"}
-    with pytest.raises(DataError, match="no records"):
-        constant_box([])
-
-
-def test_baselines_by_hand(wide: DataSpec) -> None:
-    """Truth: the middle half of the wide picture, all of it, a small box, and its right quarter."""
-    metrics = constant_boxes(wide, wide).metrics
-    assert metrics["center_accuracy_iou50"] == 0.25 and metrics["whole_accuracy_iou50"] == 0.25
-    assert metrics["whole_iou"] == pytest.approx((0.25 + 1 + 0.16 + 0.25) / 4)
-    assert metrics["constant_accuracy_iou50"] >= 0.25
-    assert constant_boxes(wide, wide, limit=1).n == 1
 
 
 def test_boxes_survive_the_square() -> None:

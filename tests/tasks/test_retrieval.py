@@ -212,7 +212,10 @@ class TestRanking:
 
 class TestEvaluation:
     def test_right_answers(self) -> None:
-        right_texts, right_images = right_answers(["a", "b", "a", "c"], [2, 0, 2])
+        captions, counts = ["a", "b", "a", "c"], [2, 0, 2]
+        right_texts, right_images = right_answers(captions, counts, by_words=False)
+        assert right_texts == [[0, 1], [], [2, 3]] and right_images == [[0], [0], [2], [2]]
+        right_texts, right_images = right_answers(captions, counts, by_words=True)
         # "a" is a caption of images 0 and 2
         assert right_texts == [[0, 1, 2], [], [0, 2, 3]] and right_images == [[0, 2], [0], [0, 2], [2]]
 
