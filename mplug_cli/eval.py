@@ -149,7 +149,8 @@ def evaluate(
         except torch.cuda.OutOfMemoryError as error:
             raise MplugError("the GPU's memory does not suffice", f"--batch-size is {batch_size}", "memory") from error
         if result.skipped:
-            show.note(f"{result.skipped} records could not be used: image missing or damaged, or entry broken", quiet)
+            records = "1 record" if result.skipped == 1 else f"{result.skipped} records"
+            show.note(f"{records} could not be used: image missing or damaged, or entry broken", quiet)
         for note in result.notes:
             show.note(note, quiet)
         if out is not None:

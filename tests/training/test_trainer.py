@@ -324,7 +324,7 @@ def test_batches_of_progress() -> None:
 
 
 def launch(
-    recipe: Recipe, folder: Path, processes: int, stop: int = 0, timeout: int = 300
+    recipe: Recipe, folder: Path, processes: int, stop: int = 0, timeout: int = 900
 ) -> subprocess.CompletedProcess[str]:
     """Train in processes of their own; with ``stop`` the first one gets a SIGTERM when it has logged that step."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
