@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli import options
 from mplug_cli.answering import Asked, Question, Request, Requests, answer_requests, load
 from mplug_cli.device import check_device
 from mplug_cli.streams import Inputs, read_inputs
@@ -40,17 +41,13 @@ def caption(
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample: share of probability drawn from.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="With --sample: repeats a draw.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
-    ] = None,
+    model: options.Model = None,
+    device: options.Device = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 16,
     null: Annotated[
         bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, as find -print0 writes.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Describe images in a sentence each.
 

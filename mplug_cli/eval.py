@@ -13,6 +13,7 @@ import typer
 
 from mplug_cli import show
 from mplug_cli.device import check_device, choose_device
+from mplug_cli.options import Device
 from mplug_cli.streams import json_line, write_line
 from mplug_cli.vqa import read_answers
 from mplug_core.errors import DataError, MplugError, UsageError
@@ -114,9 +115,7 @@ def evaluate(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a task instead of a table.")] = False,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
-    ] = None,
+    device: Device = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 32,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
 ) -> None:

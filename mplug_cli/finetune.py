@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
+from mplug_cli import options
 from mplug_cli.pretrain import run_recipe
 
 
 def finetune(
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe (mplug recipe ls) or a file.")
-    ],
+    recipe: options.RecipeName,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields of the recipe to change: optimizer.lr=3e-5"),
@@ -31,17 +30,10 @@ def finetune(
     data: Annotated[
         str | None, typer.Option("--data", metavar="PATH", help="Where the data is; the same as data.root=PATH.")
     ] = None,
-    run: Annotated[
-        str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")
-    ] = None,
-    resume: Annotated[
-        str,
-        typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the run's last checkpoint, or from PATH."),
-    ] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+    run: options.RunFolder = None,
+    resume: options.Resume = "auto",
+    dry_run: options.DryRun = False,
+    quiet: options.OnlyErrors = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
 

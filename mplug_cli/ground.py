@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli import options
 from mplug_cli.answering import (
     Asked,
     Picture,
@@ -49,16 +50,12 @@ def ground(
         Path | None, typer.Option("--draw", metavar="FILE", help="Write the picture with the boxes drawn on it.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
-    ] = None,
+    model: options.Model = None,
+    device: options.Device = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=1024, help="Images, and phrases, computed at once.")
     ] = 16,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find what phrases mean on an image.
 

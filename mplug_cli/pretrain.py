@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mplug_cli import options
 from mplug_cli.recipe import as_yaml
 from mplug_cli.streams import write_line
 from mplug_cli.watch import watching
@@ -17,24 +18,15 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe (mplug recipe ls) or a file.")
-    ],
+    recipe: options.RecipeName,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Fields of the recipe to change: optimizer.lr=3e-4"),
     ] = None,
-    resume: Annotated[
-        str,
-        typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the run's last checkpoint, or from PATH."),
-    ] = "auto",
-    run: Annotated[
-        str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+    resume: options.Resume = "auto",
+    run: options.RunFolder = None,
+    dry_run: options.DryRun = False,
+    quiet: options.OnlyErrors = False,
 ) -> None:
     """Pre-train a model as a recipe says.
 

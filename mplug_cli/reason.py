@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli import options
 from mplug_cli.answering import (
     Asked,
     Question,
@@ -43,16 +44,12 @@ def reason(
         str | None, typer.Option("--hypothesis", help="Does the image entail this, contradict it, or neither?")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON with the probabilities of all labels.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
-    ] = None,
+    model: options.Model = None,
+    device: options.Device = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=1024, help="Images, and statements, computed at once.")
     ] = 16,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Judge a statement on one image or two, or a hypothesis on one.
 

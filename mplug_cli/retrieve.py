@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplug_cli import show
+from mplug_cli import options, show
 from mplug_cli.answering import check_text, load, looks_like_image, picture_opener
 from mplug_cli.device import check_device
 from mplug_cli.streams import Input, Inputs, json_line, read_inputs, write_line
@@ -57,16 +57,12 @@ def retrieve(
         str, typer.Option("--rerank", help="Score of the re-ranked: itm, or itm+itc, with the similarity added.")
     ] = "itm",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines instead of score and name.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
-    ] = None,
+    model: options.Model = None,
+    device: options.Device = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 32,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep features of images.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute all features anew, and keep them.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
     """Find the images that a text describes, or the captions that suit an image.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli import options
 from mplug_cli.answering import (
     Asked,
     Question,
@@ -49,12 +50,8 @@ def vqa(
     answers: Annotated[
         Path | None, typer.Option("--answers", metavar="FILE", help="Choose among these answers, one a line.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
-    ] = None,
+    model: options.Model = None,
+    device: options.Device = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=1024, help="Images, and questions, computed at once.")
     ] = 16,

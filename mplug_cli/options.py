@@ -1,0 +1,27 @@
+"""Options that several commands have, each said once: same name, same help, same meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
+
+RecipeName = Annotated[
+    str, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe (mplug recipe ls) or a file.")
+]
+Resume = Annotated[
+    str, typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the run's last checkpoint, or from PATH.")
+]
+RunFolder = Annotated[
+    str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")]
+OnlyErrors = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
