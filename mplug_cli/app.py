@@ -25,8 +25,9 @@ from mplug_cli.pretrain import pretrain
 from mplug_cli.reason import reason
 from mplug_cli.recipe import recipe
 from mplug_cli.retrieve import retrieve
+from mplug_cli.runs import runs
 from mplug_cli.vqa import vqa
-from mplug_core.errors import INTERRUPTED, MplugError, UsageError
+from mplug_core.errors import INTERRUPTED, MplugError, Preempted, UsageError
 
 # Base class of the parser's own errors; where it lives differs between versions of typer.
 _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -71,6 +72,7 @@ app.command("finetune")(finetune)
 app.command("eval")(evaluate)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
+app.add_typer(runs, name="runs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except MplugError as error:
             if debug:
                 traceback.print_exc()
-            show.error(str(error))
+            _report(error)
             return error.exit_code
         except Exception as error:
             if debug:
@@ -118,6 +120,15 @@ def _run(arguments: list[str]) -> int:
     except _ParserError as error:
         return _usage(error)
     return 0
+
+
+def _report(error: MplugError) -> None:
+    """The error in one line, with the process that it is of where several were started."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        show.error(str(error))
+    elif not isinstance(error, Preempted):  # which all are at once
+        show.error(f"process {rank}: {error}")
 
 
 def _usage(error: Exception) -> int:

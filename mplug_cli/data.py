@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli.pack import pack_data
 from mplug_cli.streams import json_line, write_line
 from mplug_core.errors import UsageError
 
@@ -21,6 +22,9 @@ data = typer.Typer(name="data", help="Make data sets and look into them.", no_ar
 @data.callback()
 def _group() -> None:
     """Make data sets and look into them."""
+
+
+data.command("pack")(pack_data)
 
 
 @data.command()
@@ -71,17 +75,31 @@ def inspect_data(
         str | None, typer.Option("--images", metavar="DIR", help="The folder that image names are relative to.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Of a pack: compute every checksum.")] = False,
 ) -> None:
-    """Show what is understood of a data set: tasks, format, splits, counts, what is missing or broken, examples."""
+    """Show what is understood of a data set: tasks, format, splits, counts, what is missing or broken, examples.
+
+    PATH may be a pack, also behind http, https or s3.
+    """
     from mplug_core.data.records.inspection import inspect
     from mplug_core.data.records.types import FORMATS
+    from mplug_core.data.shards.remote import locate
     from mplug_core.recipe import nearest
 
-    formats = sorted({name for names in FORMATS.values() for name in names})
+    formats = sorted({name for names in FORMATS.values() for name in names} | {"shards"})
     for what, value, choices in (("task", task, tuple(FORMATS)), ("format", layout, formats)):
         if value is not None and value not in choices:
             raise UsageError(f"no {what} {value!r}{nearest(value, choices)}", f"{what}s: {', '.join(choices)}")
-    found = inspect(path, task, split, layout, images)
+    folder = locate(path, split, layout if layout == "shards" else None)
+    if folder is not None:
+        from mplug_core.data.shards.reading import Pack
+        from mplug_core.data.shards.summary import inspect_pack
+
+        found = inspect_pack(Pack(folder), task, verify)
+    elif verify:
+        raise UsageError(f"{path} is no pack", "--verify is for packs")
+    else:
+        found = inspect(path, task, split, layout, images)
     if as_json:
         write_line(json_line(found.as_object()))
     else:

@@ -32,6 +32,8 @@ def finetune(
     ] = None,
     run: options.RunFolder = None,
     resume: options.Resume = "auto",
+    devices: options.Devices = "auto",
+    local_rank: options.LocalRank = None,
     dry_run: options.DryRun = False,
     quiet: options.OnlyErrors = False,
 ) -> None:
@@ -47,4 +49,4 @@ def finetune(
     # quoted: a path may look like YAML
     changes += [f"{key}={json.dumps(value)}" for key, value in (("start.model", model), ("data.root", data)) if value]
     default = {"start": {"model": os.environ.get(MODEL_VARIABLE) or "mini"}}
-    run_recipe(load_recipe(recipe, changes, default), run, resume, dry_run, quiet)
+    run_recipe(load_recipe(recipe, changes, default), run, resume, devices, dry_run, quiet)

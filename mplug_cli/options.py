@@ -23,5 +23,10 @@ Resume = Annotated[
 RunFolder = Annotated[
     str | None, typer.Option("--run", metavar="FOLDER", help="Output; the same as run.folder=FOLDER.")
 ]
+Devices = Annotated[
+    str,
+    typer.Option("--devices", metavar="auto|N", help="Processes on this machine: one a GPU, or N on a CPU; auto: all."),
+]
+LocalRank = Annotated[int | None, typer.Option("--local_rank", hidden=True, help="Given by DeepSpeed's launcher.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")]
 OnlyErrors = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mplug_cli import options
+from mplug_cli.launch import processes_wanted, run_in_processes
 from mplug_cli.recipe import as_yaml
 from mplug_cli.streams import write_line
 from mplug_cli.watch import watching
@@ -25,19 +27,21 @@ def pretrain(
     ] = None,
     resume: options.Resume = "auto",
     run: options.RunFolder = None,
+    devices: options.Devices = "auto",
+    local_rank: options.LocalRank = None,
     dry_run: options.DryRun = False,
     quiet: options.OnlyErrors = False,
 ) -> None:
     """Pre-train a model as a recipe says.
 
-    For several processes put `torchrun --nproc_per_node N -m` before it and mplug_cli.app in the place of mplug.
+    Alone it uses all GPUs of this machine; torchrun, DeepSpeed's launcher and srun start it on several (see the README).
     """
     from mplug_core.recipe import load_recipe
 
-    run_recipe(load_recipe(recipe, overrides or []), run, resume, dry_run, quiet)
+    run_recipe(load_recipe(recipe, overrides or []), run, resume, devices, dry_run, quiet)
 
 
-def run_recipe(settings: Recipe, folder: str | None, resume: str, dry_run: bool, quiet: bool) -> None:
+def run_recipe(settings: Recipe, folder: str | None, resume: str, devices: str, dry_run: bool, quiet: bool) -> None:
     """Train as a recipe says, or print it; ``folder`` replaces its run.folder."""
     from mplug_core.recipe import nearest
 
@@ -47,6 +51,12 @@ def run_recipe(settings: Recipe, folder: str | None, resume: str, dry_run: bool,
         raise CheckpointError(f"no checkpoint {resume}{nearest(resume, ('auto', 'never'))}", "auto, never or a path")
     if dry_run:
         write_line(as_yaml(settings))
+        return
+
+    count = processes_wanted(devices, settings.engine.name)
+    if count > 1:
+        if code := run_in_processes(count, sys.argv[1:]):
+            raise typer.Exit(code)
         return
 
     from mplug_core.training.trainer import train

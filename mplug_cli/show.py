@@ -27,6 +27,17 @@ def note(message: str, quiet: bool = False) -> None:
         _line("note", "cyan", message)
 
 
+def warning(message: str, quiet: bool = False) -> None:
+    """``warning: MESSAGE``, in one line, unless ``quiet``."""
+    if not quiet:
+        _line("warning", "yellow", message)
+
+
+def printable(text: str) -> str:
+    """``text`` with what would move the cursor or colour the terminal made visible."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def line(text: str) -> None:
     """Plain text, in one line."""
     if sys.stderr is not None:
@@ -36,7 +47,7 @@ def line(text: str) -> None:
 def _line(label: str, style: str, message: str) -> None:
     if sys.stderr is None:  # closed by whoever started us
         return
-    message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    message = printable(message)
     if not on_terminal():
         print(f"{label}: {message}", file=sys.stderr, flush=True)
         return

@@ -160,6 +160,12 @@ class SourceSection(DataSpec):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     grid_dropout: Fraction = Field(0.0, description="share of images shown by their summary tokens alone")
     cached_views: NonNegative = Field(0, description="views per image whose visual features are computed once")
+    lanes: Positive = Field(
+        8, description="of a pack: places that are read side by side; the number of machines or more"
+    )
+    shuffle_window: Positive | None = Field(
+        None, description="of a pack: samples that are shuffled among each other; default: those of two shards"
+    )
 
 
 class ScenesSection(Section):
@@ -188,6 +194,8 @@ class DataSection(Section):
     )
     workers: NonNegative = 0
     max_bad_fraction: Fraction = 0.01
+    cache: str | None = Field(None, description="folder for shards from elsewhere; default: ~/.cache/mplug/shards")
+    cache_gb: float = Field(50.0, gt=0, description="size of that folder; what was used longest ago makes room")
 
 
 class StartSection(Section):
@@ -295,6 +303,16 @@ class EngineSection(Section):
         return self
 
 
+class WandbSection(Section):
+    """Where tracker ``wandb`` puts the run; what is left out is as wandb's environment variables and login say."""
+
+    project: str | None = "mplug"
+    entity: str | None = None
+    name: str | None = Field(None, description="default: the recipe's")
+    tags: list[str] = Field(default_factory=list)
+    mode: Literal["online", "offline"] | None = None
+
+
 class RunSection(Section):
     """Output folder and intervals, in optimizer steps."""
 
@@ -308,6 +326,12 @@ class RunSection(Section):
         None, description="metric whose best model is kept in best/: val/vqa/accuracy; with '-' before it, the lowest"
     )
     patience: NonNegative = Field(0, description="a stage ends after so many evaluations without a new best; 0: never")
+    max_skipped: Positive = Field(10, description="steps without a finite loss in a row after which a run ends")
+    stall_seconds: NonNegative = Field(1800, description="without any step after which a process ends; 0: never")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="where figures go beside metrics.jsonl: pip install 'mplug[tensorboard]'"
+    )
+    wandb: WandbSection = Field(default_factory=WandbSection)
 
 
 class EvaluateSection(DataSpec):

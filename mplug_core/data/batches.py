@@ -1,14 +1,14 @@
 """Records to batches. A batch has every image once, and beside it the texts of each task with the rows they belong to.
 
-The batch of a step is determined by (seed, step, rank) alone: a run resumes at any step by asking for it, with any
-number of loader workers, and any split of the global batch over processes draws the same images.
+A step's global batch consists of lots, one for each process and accumulated part, which are numbered through the run.
+A lot is determined by (seed, number) alone: a run resumes at any step by asking for its lots, with any number of loader
+workers, and any split of the global batch over processes draws the same images and the same random choices.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,11 +133,11 @@ class Source:
         """Steps in which every image is drawn once."""
         return max(1, len(self.groups) // (self.groups_per_batch() * world))
 
-    def draw(self, seed: int, step: int, rank: int, world: int) -> Batch:
-        """The batch of one step of one process."""
+    def draw(self, seed: int, lot: int) -> Batch:
+        """The batch of one lot."""
         size = self.groups_per_batch()
-        start = (step * world + rank) * size
-        rng = random.Random(f"{seed}/{self.name}/{step}/{rank}")
+        start = lot * size
+        rng = random.Random(f"{seed}/{self.name}/{lot}")
         chosen = [image for place in range(start, start + size) for image in self._group_at(seed, place)]
         bad: list[str] = []
         for _ in range(ATTEMPTS):
@@ -231,10 +231,14 @@ class Source:
                 views.append(self.load(image, rng))
                 kept.append(image)
             except ImageError as error:
-                bad.append(f"{self.images[image]}: {error.code}")
+                bad.append(f"{self.shown(image)}: {error.code}")
         if not kept:
             raise NothingReadable(self.name, bad)
         return views, kept, bad
+
+    def shown(self, image: int) -> str:
+        """What an image is called in messages."""
+        return str(self.images[image])
 
     def load(self, image: int, rng: random.Random | None) -> tuple[Tensor, Placement]:
         """Normalised pixels [3, S, S] of an image and where its picture lies in them.
@@ -280,26 +284,47 @@ def image_keys(record: Any) -> tuple[Any, ...]:
     return (record.image if record.image is not None else record.image_id,)
 
 
-class Steps(Dataset):
-    """Item s is the list of batches, one of each source, of step s."""
+class Lots(Dataset):
+    """Item m is the list of batches, one of each source, of this process's lot of micro-step m."""
 
     def __init__(self, sources: Sequence[Source], seed: int, rank: int = 0, world: int = 1) -> None:
         self.sources, self.seed, self.rank, self.world = list(sources), seed, rank, world
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return [source.draw(self.seed, step, self.rank, self.world) for source in self.sources]
+    def __getitem__(self, micro_step: int) -> list[Batch]:
+        return [source.draw(self.seed, micro_step * self.world + self.rank) for source in self.sources]
 
-    def loader(self, first: int, last: int, workers: int = 0) -> Iterator[list[Batch]]:
-        """The steps ``first`` .. ``last - 1`` in order."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            # a generator of its own: the global one, which dropout draws from, must not know whether a run was resumed
-            yield from DataLoader(
-                self,
-                batch_size=None,
-                sampler=range(first, last),
-                num_workers=workers,
-                generator=torch.Generator().manual_seed(first),
-                # sources hold closures and memory maps, which can't be sent to a fresh process
-                multiprocessing_context="fork" if workers else None,
-            )
+    def loader(self, first: int, last: int, workers: int = 0, timeout: float = 0) -> Iterator[list[Batch]]:
+        """The micro-steps ``first`` .. ``last - 1`` in order.
+
+        DataError when a worker has died, or gave nothing for ``timeout`` seconds (0: however long it takes).
+        """
+        # a generator of its own: the global one, which dropout draws from, must not know whether a run was resumed
+        batches = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            timeout=timeout if workers else 0,
+            generator=torch.Generator().manual_seed(first),
+            # sources hold closures and memory maps, which can't be sent to a fresh process
+            multiprocessing_context="fork" if workers else None,
+        )
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if lost := lost_worker(error):
+                raise DataError(lost, "free memory or lower data.workers, and run it again to go on") from error
+            raise
+
+
+def lost_worker(error: RuntimeError) -> str | None:
+    """What to say of a loader that has lost a worker, if that is what an error of torch is about.
+
+    torch notices a worker's death by a signal, so that its error may come from anywhere in the main thread.
+    """
+    text = str(error)
+    if "exited unexpectedly" in text or "is killed by signal" in text:
+        return "a worker of the data loader has died"
+    if "timed out" in text:
+        return f"the data loader gave nothing for {text.rsplit('after ', 1)[-1].split(' ')[0]} seconds"
+    return None

@@ -163,12 +163,15 @@ class FeatureQueue(nn.Module):
     def push(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
         """Writes N pairs (features [N, dim], ids [N]) over the oldest slots; any N, also more than the queue holds.
 
+        Features that are not finite leave the queue as it is.
+
         Raises:
             ValueError: the three do not have the same number of rows.
         """
         if not len(image) == len(text) == len(ids):
             raise ValueError(f"{len(image)} images, {len(text)} texts and {len(ids)} ids are not pairs")
-        if not self.size:
+        # a feature that is no number would be a key of every later loss
+        if not self.size or not bool(torch.isfinite(image).all() and torch.isfinite(text).all()):
             return
         # of a batch longer than the queue only the end survives; writing the rest first would write slots twice
         last = slice(max(len(ids) - self.size, 0), None)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. Launchers (torchrun, DeepSpeed's, SLURM's through them) set the variables read here."""
+    """This process among all. Launchers (torchrun, DeepSpeed's, `mplug` itself, SLURM) set the variables read here."""
 
     rank: int
     size: int
@@ -20,6 +23,9 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
+        if launched_by_slurm(os.environ):
+            os.environ.update(variables_of_slurm(os.environ))
+
         def number(name: str, default: int) -> int:
             return int(os.environ.get(name, default))
 
@@ -60,13 +66,50 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums of each of ``values`` over all processes."""
         if self.size == 1:
-            return flag
-        device = torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else "cpu"
-        value = torch.tensor([int(flag)], device=device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+            return list(values)
+        # NCCL knows the device's tensors alone
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """``value`` of each process, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def launched_by_slurm(environment: Any) -> bool:
+    """Whether `srun` started this process as one of several, and no other launcher did."""
+    return "RANK" not in environment and "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+
+
+def variables_of_slurm(environment: Any) -> dict[str, str]:
+    """The variables that torch's launcher would set, from those of SLURM; what is set already stays."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    values = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": first_host(nodes),
+        # the same for all processes of a job, and seldom that of another job on the node
+        "MASTER_PORT": str(20_000 + int(environment.get("SLURM_JOB_ID", 0)) % 20_000),
+    }
+    return {name: environment.get(name, value) for name, value in values.items()}
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: ``gpu[03-05,9],cpu1`` is ``gpu03``."""
+    first = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    return nodes if first is None else first[1] + (first[2] or "") + first[3]

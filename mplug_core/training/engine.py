@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mplug_core.errors import CheckpointError, RecipeError
+from mplug_core.errors import RecipeError
 from mplug_core.recipe import EngineSection, OptimizerSection
 from mplug_core.training.distributed import World
+from mplug_core.training.engine_state import ClientState, ParameterState, ZeroState, load_state, save_state
 from mplug_core.training.optimizer import build_optimizer, parameter_groups, scheduled_lr
-from mplug_core.weights.pickled import read_pickled
 
 
 class Engine(Protocol):
@@ -28,18 +30,24 @@ class Engine(Protocol):
 
     module: nn.Module
     dtype: torch.dtype
+    world: World
+    trained: Sequence[nn.Parameter]
+    state: ParameterState
 
     def forward(self, *inputs: Any) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, learning_rate_step: int, steps: int) -> float | None:
         """After every backward; each ``accumulate``-th one updates the weights and returns the gradient's norm
-        before clipping, the others return None."""
+        before clipping, the others return None. A norm that is not finite says that the update was left out."""
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager:
         """A context within which sharded parameters are whole."""
 
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write this process's part of a checkpoint: a meeting of all processes (see ``engine_state``)."""
+
+    def load(self, folder: Path) -> None:
+        """Go on from what any engine saved; CheckpointError, on all processes, if it doesn't fit the model."""
 
 
 def build_engine(
@@ -57,7 +65,7 @@ class PlainEngine:
     """One process, no DeepSpeed."""
 
     def __init__(self, module: nn.Module, settings: EngineSection, optimizer: OptimizerSection, world: World) -> None:
-        self.settings, self.optimizer_settings = settings, optimizer
+        self.settings, self.optimizer_settings, self.world = settings, optimizer, world
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.module = module.to(world.device)
         groups = parameter_groups(self.module, optimizer)
@@ -71,6 +79,7 @@ class PlainEngine:
             groups = [{**group, "params": [copies[p] for p in group["params"]]} for group in groups]
             self.module.to(self.dtype)
         self.optimizer = build_optimizer(groups, optimizer)
+        self.state = ClientState(self.optimizer, dict(zip(self.trained, self.masters, strict=True)))
         self.pending = 0
 
     def forward(self, *inputs: Any) -> Any:
@@ -91,6 +100,9 @@ class PlainEngine:
             return None
         self.pending = 0
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.optimizer_settings.clip))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled_lr(learning_rate_step, steps, group["base_lr"], self.optimizer_settings)
         self.optimizer.step()
@@ -104,26 +116,10 @@ class PlainEngine:
         return contextlib.nullcontext()
 
     def save(self, folder: Path) -> None:
-        state = {
-            "module": self.module.state_dict(),
-            "masters": [master.detach() for master in self.masters],
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, folder / "plain.pt")
+        save_state(self, folder)
 
     def load(self, folder: Path) -> None:
-        if not (folder / "plain.pt").is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint of the plain engine")
-        state = read_pickled(folder / "plain.pt", "--resume never starts anew")
-        try:
-            self.module.load_state_dict(state["module"])
-            with torch.no_grad():
-                for master, saved in zip(self.masters, state["masters"], strict=True):
-                    master.copy_(saved)
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"{folder} does not fit the recipe's model: {reason}") from error
+        load_state(self, folder)
 
 
 class DeepSpeedEngine:
@@ -136,12 +132,18 @@ class DeepSpeedEngine:
         self.deepspeed, self.settings, self.optimizer_settings = deepspeed, settings, optimizer
         self.world = world
         groups = parameter_groups(module, optimizer)
+        divided = [list(group["params"]) for group in groups]  # DeepSpeed puts its flat tensors in their place
+        self.trained = [parameter for parameters in divided for parameter in parameters]
         built = build_optimizer(groups, optimizer)
         config = deepspeed_config(settings, optimizer, batch_size, world.size)
         # it prints its memory use, and standard output is for results
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=built, config=config)
         self.module = self.engine.module
+        if settings.zero_stage == 0:
+            self.state: ParameterState = ClientState(built, {parameter: parameter for parameter in self.trained})
+        else:
+            self.state = ZeroState(deepspeed, self.engine, built, divided, settings.zero_stage)
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
     def forward(self, *inputs: Any) -> Any:
@@ -154,12 +156,20 @@ class DeepSpeedEngine:
         last = self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = scheduled_lr(learning_rate_step, steps, group["base_lr"], self.optimizer_settings)
+        norm = self._guarded_norm() if last and self.settings.zero_stage == 0 else None
         self.engine.step()
         if not last:
             return None
-        norm = self.engine.get_global_grad_norm()
-        # stage 0 doesn't tell
-        return float(norm) if norm is not None else 0.0
+        return norm if norm is not None else float(self.engine.get_global_grad_norm())
+
+    def _guarded_norm(self) -> float:
+        """The gradient's norm at stage 0, which neither tells it nor leaves a step out whose gradient is not finite."""
+        given = [parameter for parameter in self.trained if parameter.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(given, math.inf))  # DeepSpeed clips
+        if not math.isfinite(norm):
+            for parameter in given:
+                parameter.grad = None  # without a gradient the optimizer leaves a parameter as it is
+        return norm
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager:
         if self.settings.zero_stage < 3:
@@ -167,15 +177,13 @@ class DeepSpeedEngine:
         return self.deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
     def save(self, folder: Path) -> None:
-        # `latest` is ours to write: DeepSpeed writes its own before the other ranks are done
-        self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        # DeepSpeed's own files are pickles, and of one ZeRO stage and number of processes
+        save_state(self, folder)
 
     def load(self, folder: Path) -> None:
-        if not (folder / "engine").is_dir():
-            raise CheckpointError(f"{folder} is not a checkpoint of the deepspeed engine")
-        self.engine.load_checkpoint(str(folder), tag="engine")
-        # stage 3 leaves small parameters whole after loading; it learns who uses a parameter of another module only
-        # from finding it sharded, and otherwise stops with a tracing error some steps later
+        load_state(self, folder)
+        # stage 3 leaves small parameters whole; it learns who uses a parameter of another module only from finding it
+        # sharded, and otherwise stops with a tracing error some steps later
         with self.whole(list(self.module.parameters())):
             pass
 
@@ -194,7 +202,9 @@ def import_deepspeed() -> Any:
     # compiled at first use otherwise, for 1-6 % of speed on a CPU
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # the others wait while the first process evaluates; what hangs ends by run.stall_seconds
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=12))
     return deepspeed
 
 

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from mplug_core.data.batches import Batch, Source, Steps
+from mplug_core.data.batches import Batch, Lots, Source, lost_worker
 from mplug_core.errors import DataError, MplugError, Preempted, RecipeError
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import alpha_ramp
 from mplug_core.recipe import StageSection, nearest
 from mplug_core.tasks.task import Context
-from mplug_core.training.checkpoint import write_checkpoint
+from mplug_core.training.checkpoint import (
+    checkpoint_name,
+    latest_checkpoint,
+    part_tensors,
+    publish_model,
+    save_parts,
+    write_checkpoint,
+)
 from mplug_core.training.engine import Engine
+from mplug_core.training.engine_state import state_bytes, whole_state
+from mplug_core.training.guards import LossWatch, StallWatch, check_budget
 from mplug_core.training.optimizer import scheduled_lr
+from mplug_core.training.resume import save_random
 from mplug_core.training.step import TrainStep
 
 if TYPE_CHECKING:
     from mplug_core.training.trainer import Trainer
+
+NAMED = 20
+"""Bad images that are named; further ones are counted."""
+LOST = ("onnection closed by peer", "onnection reset", "Broken pipe", "gloo", "NCCL", "Socket")
+"""Words of torch's errors about a lost process."""
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Called with the kind of event (start, step, evaluation, note, scores, end) and its figures, by the first process."""
@@ -32,13 +49,21 @@ Watch = Callable[[str, dict[str, Any]], None]
 
 @dataclass
 class Progress:
-    """Where a run is, and what its last and its best evaluation gave (``stale``: evaluations since then)."""
+    """Where a run is, and what its last and its best evaluation gave (``stale``: evaluations since then).
+
+    ``counts`` are those of all processes; ``unwritten`` are figures since the last line of the log: sum and number.
+    """
 
     stage: int = 0
     step: int = 0
     total: int = 0
     seconds: float = 0.0
+    images: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    unwritten: dict[str, list[float]] = field(default_factory=dict)
+    highest_norm: float = 0.0
+    skipped_in_a_row: int = 0
+    loss: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     scores_at: int = 0
     best: dict[str, float] = field(default_factory=dict)
@@ -72,60 +97,73 @@ class StageLoop:
         self.objectives, self.optimizer, self.sources, self.steps = objectives, optimizer, sources, steps
         self.teacher, self.queue = teacher, queue
         self.recipe, self.world, self.progress = trainer.recipe, trainer.world, trainer.progress
+        self.accumulate = self.recipe.engine.accumulate
         teacher_settings = self.recipe.teacher
-        epoch = max(source.steps_per_epoch(self.world.size) for source in sources) // self.recipe.engine.accumulate
-        self.ramp_steps = teacher_settings.ramp_steps or max(1, epoch)
+        epoch = max(source.steps_per_epoch(self.world.size * self.accumulate) for source in sources)
+        self.ramp_steps = teacher_settings.ramp_steps or epoch
+        self.loss_watch = LossWatch(**self.progress.loss)
+        self.stall = StallWatch(self.recipe.run.stall_seconds, "run it again to go on from the last checkpoint")
+        # since the last line of the log: figures of this process (sum, number) and its counts; of all, images and tokens
         self.log: dict[str, list[float]] = {}
+        self.counts: dict[str, int] = {}
+        self.images = self.tokens = 0.0
+
+    # -- steps -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        accumulate = self.recipe.engine.accumulate
-        data = Steps(self.sources, self.recipe.seed + 7919 * self.progress.stage, self.world.rank, self.world.size)
+        """Run the stage from where the progress says to its end.
+
+        Raises Preempted when told to stop, DataError when data fails beyond its budget, MplugError when the loss stays
+        no number or another process is lost.
+        """
         first, last = self.progress.step, self.steps
         if first == 0:
             self.progress.stale = 0
-        loader = data.loader(first * accumulate, last * accumulate, self.recipe.data.workers)
+            self.loss_watch = LossWatch()  # another mix of losses
         self.trainer.watch(
             "start", {"stage": self.stage.name, "step": first, "steps": last, "total": self.progress.total}
         )
         every = self.recipe.run.evaluate_every
-        if every and 0 < first < last and first % every == 0 and self.progress.scores_at < self.progress.total:
-            # the run was told to stop before this evaluation, on which best and patience depend
-            self._evaluate()
-            if self._out_of_patience(first):
-                self.progress.step = last
-                self._save()
-                return
-        began, images = time.perf_counter(), 0
+        try:
+            with self.stall.watching():
+                if every and 0 < first < last and first % every == 0 and self.progress.scores_at < self.progress.total:
+                    # the run was told to stop before this evaluation, on which best and patience depend
+                    self._evaluate()
+                    if self._out_of_patience(first):
+                        self.progress.step = last
+                        self._save()
+                        return
+                self._run_steps(first, last)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+
+    def _run_steps(self, first: int, last: int) -> None:
+        settings = self.recipe.run
+        lots = Lots(self.sources, self.recipe.seed + 7919 * self.progress.stage, self.world.rank, self.world.size)
+        loader = lots.loader(
+            first * self.accumulate, last * self.accumulate, self.recipe.data.workers, settings.stall_seconds
+        )
+        began = self.began = time.perf_counter()
         for step in range(first, last):
-            for micro in range(accumulate):
-                batches = self._next(loader, micro)
-                images += sum(len(batch.image_ids) for batch in batches)
-                self._forward_backward(step, micro, batches)
-                norm = self.engine.step(step, last)
-            self._note("grad_norm", norm or 0.0)
-            if self.teacher is not None:
-                self.teacher.update(self.module.model, self.engine.whole)
-            if self.trainer.average is not None:
-                # a young average would remember the untrained weights
-                total = self.progress.total
-                self.trainer.average.momentum = min(self.recipe.run.average, (total + 1) / (total + 20))
-                self.trainer.average.update(self.module.model, self.engine.whole)
-            self.progress.step, self.progress.total = step + 1, self.progress.total + 1
+            self._step(step, last, loader)
+            self.stall.beat(self.progress.total)
             ended = step + 1 == last
-            if (step + 1) % self.recipe.run.log_every == 0 or ended:
+            if (step + 1) % settings.log_every == 0 or ended:
                 now = time.perf_counter()
                 self.progress.seconds += now - began
-                self._write_log(step, images * self.world.size / (now - began))
-                began, images = now, 0
+                self._write_log(step, now - began, (now - self.began) / (step + 1 - first))
+                began = now
             stopping = self.world.any(self.trainer.stop_signal is not None)
-            if ended or (every and (step + 1) % every == 0 and not stopping):
+            if ended or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and not stopping):
+                paused = time.perf_counter()
                 self._evaluate()
-                began = time.perf_counter()
                 if not ended and self._out_of_patience(step + 1):
                     ended, self.progress.step = True, last
-            if ended or stopping or (step + 1) % self.recipe.run.save_every == 0:
+                began, self.began = (t + time.perf_counter() - paused for t in (began, self.began))
+            if ended or stopping or (step + 1) % settings.save_every == 0:
+                paused = time.perf_counter()
                 self._save()
-                began = time.perf_counter()
+                began, self.began = (t + time.perf_counter() - paused for t in (began, self.began))
             if stopping and not ended:
                 raise Preempted(
                     f"stopped at step {self.progress.total}, saved in {self.trainer.folder}", "run it again to go on"
@@ -133,43 +171,128 @@ class StageLoop:
             if ended:
                 break
 
+    def _step(self, step: int, last: int, loader: Iterator[list[Batch]]) -> None:
+        """One optimizer step: on all processes, or on none where a loss or a gradient is not finite."""
+        loss = 0.0
+        for micro in range(self.accumulate):
+            loss += self._forward_backward(step, micro, self._next(loader, micro)) / self.accumulate
+            norm = self.engine.step(step, last)
+        self.progress.step, self.progress.total = step + 1, self.progress.total + 1
+        if norm is None or not math.isfinite(norm):
+            self._skipped()
+            return
+        self.progress.skipped_in_a_row = 0
+        self._note("grad_norm", norm)
+        self.progress.highest_norm = max(self.progress.highest_norm, norm)
+        if self.loss_watch.jumped(loss):
+            self._count("loss_spikes", 1 if self.world.is_first else 0)
+        self.progress.loss = vars(self.loss_watch)
+        if self.teacher is not None:
+            self.teacher.update(self.module.model, self.engine.whole)
+        if self.trainer.average is not None:
+            # a young average would remember the untrained weights
+            total = self.progress.total - 1
+            self.trainer.average.momentum = min(self.recipe.run.average, (total + 1) / (total + 20))
+            self.trainer.average.update(self.module.model, self.engine.whole)
+
+    def _skipped(self) -> None:
+        """Count a step whose update was left out; MplugError when there were too many in a row."""
+        self._count("skipped_steps", 1 if self.world.is_first else 0)
+        self.progress.skipped_in_a_row += 1
+        row, most = self.progress.skipped_in_a_row, self.recipe.run.max_skipped
+        total = self.progress.total
+        self.trainer.watch(
+            "note", {"level": "warning", "text": f"step {total} left out: its loss or gradient is not finite"}
+        )
+        if row >= most:
+            raise MplugError(
+                f"the loss is not finite: {row} steps in a row, the last of them {total}",
+                f"{self._last_checkpoint()}; lower optimizer.lr, or look at the data",
+            )
+
+    def _last_checkpoint(self) -> str:
+        found = latest_checkpoint(self.trainer.folder)
+        return f"the last good checkpoint is {found}" if found is not None else "no checkpoint was written yet"
+
     def _next(self, loader: Iterator[list[Batch]], micro: int) -> list[Batch]:
-        """The next batches; what has been learned is saved before an end for want of data."""
+        """The next batches, reduced to what those of all processes have.
+
+        Every process has to run the same modules in each step, or they would wait for each other: records of a task of
+        which another process drew none take no part. What has been learned is saved before an end for want of data.
+        """
+        failure: DataError | None = None
+        batches: list[Batch] = []
         try:
-            return next(loader)
+            batches = next(loader)
+        except DataError as error:
+            failure = error
+        slots = [(source.name, task) for source in self.sources for task in source.section.tasks]
+        here = {(batch.source, task) for batch in batches for task in batch.blocks}
+        figures = [
+            float(failure is not None),
+            float(sum(len(batch.bad) for batch in batches)),
+            float(sum(len(batch.image_ids) for batch in batches)),
+            float(sum(int(b["mask"].sum()) for batch in batches for b in batch.blocks.values() if "mask" in b)),
+        ]
+        failed, bad, images, tokens, *present = self.world.sum([*figures, *(float(slot in here) for slot in slots)])
+        if failed:
+            if micro == 0 and self.progress.step:
+                self._save()
+            raise failure or DataError("the data of another process failed", "its message says why")
+        self.images, self.tokens = self.images + images, self.tokens + tokens
+        before = self.progress.images, dict(self.progress.counts)
+        self.progress.images += int(images)
+        try:
+            self._note_bad(batches, int(bad))
         except DataError:
-            # alone: the other processes would not come to the same place
-            if self.world.size == 1 and micro == 0 and self.progress.step:
+            # a run that goes on draws these batches again
+            self.progress.images, self.progress.counts = before
+            if micro == 0 and self.progress.step:
                 self._save()
             raise
+        everywhere = {slot for slot, number in zip(slots, present, strict=True) if number == self.world.size}
+        for batch in batches:
+            for task in [task for task in batch.blocks if (batch.source, task) not in everywhere]:
+                del batch.blocks[task]
+                self._count("left_out_blocks", 1)
+        return [batch for batch in batches if batch.blocks]
 
-    def _forward_backward(self, step: int, micro: int, batches: list[Batch]) -> None:
+    def _note_bad(self, batches: list[Batch], bad: int) -> None:
+        """Name what could not be read, at a bounded rate, and hold it against the budget."""
+        if not bad:
+            return
+        known = self.progress.counts.get("bad_images", 0)
+        self.progress.counts["bad_images"] = known + bad
+        for line in [line for batch in batches for line in batch.bad][: max(0, NAMED - known)]:
+            self.trainer.watch("note", {"level": "warning", "text": f"skipped image {line}"})
+        check_budget(known + bad, self.progress.images, self.recipe.data.max_bad_fraction)
+
+    def _forward_backward(self, step: int, micro: int, batches: list[Batch]) -> float:
+        """One part of a step; returns its loss, on this process."""
         settings = self.recipe.teacher
         alpha = alpha_ramp(step, self.ramp_steps, settings.alpha) if self.teacher is not None else 0.0
-        draw = self.progress.total * self.recipe.engine.accumulate + micro
-        generator = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + draw) * 1024 + self.world.rank)
-        contexts, moved = [], []
-        for batch in batches:
-            for bad in batch.bad:
-                self.trainer.watch("note", {"text": f"skipped image {bad}"})
-                self._count("bad_images", 1)
-            batch = batch.to(self.world.device, self.engine.dtype)
-            moved.append(batch)
-            contexts.append(self._context(batch, alpha, generator))
+        lot = (self.progress.total * self.accumulate + micro) * self.world.size + self.world.rank
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 * 1024 + lot)
+        moved = [batch.to(self.world.device, self.engine.dtype) for batch in batches]
+        contexts = [self._context(batch, alpha, generator) for batch in moved]
         loss, parts = self.engine.forward(moved, contexts, self.objectives)
         if loss is None:
             raise RecipeError(f"stage {self.stage.name}: no source gives any of {', '.join(self.objectives)}")
-        if self.world.any(not bool(torch.isfinite(loss))):
-            raise MplugError(f"the loss is not finite at step {self.progress.total}", "lower optimizer.lr")
+        value = float(loss.detach())
+        if self.world.any(not math.isfinite(value)):
+            # no number on any process: none on all, so that the engine leaves the step out everywhere
+            loss = loss * math.nan
+        else:
+            self._note("loss", value)
+            for name, part in parts.items():
+                self._note(name, float(part))
         self.engine.backward(loss)
-        self._note("loss", float(loss.detach()))
-        for name, value in parts.items():
-            self._note(name, float(value))
         for context in contexts:
-            for name, value in context.counts.items():
-                self._count(name, int(value))
-            for name, value in context.figures.items():
-                self._note(name, value)
+            for name, count in context.counts.items():
+                self._count(name, int(count))
+            for name, figure in context.figures.items():
+                self._note(name, figure)
+        return value
 
     def _context(self, batch: Batch, alpha: float, generator: torch.Generator) -> Context:
         source = self.recipe.data.sources[batch.source]
@@ -187,7 +310,7 @@ class StageLoop:
 
         imagined = batch.stand_in is not None
         # image ids of different sources must differ
-        offset = list(self.recipe.data.sources).index(batch.source) * 10_000_000
+        offset = list(self.recipe.data.sources).index(batch.source) << 40
         return Context(
             alpha=0.0 if imagined else alpha,
             label_smoothing=self.recipe.label_smoothing,
@@ -208,48 +331,105 @@ class StageLoop:
     def _autocast(self) -> Any:
         return torch.autocast(self.world.device.type, self.engine.dtype, enabled=self.engine.dtype != torch.float32)
 
+    # -- figures -----------------------------------------------------------------------------------------------------
+
     def _note(self, name: str, value: float) -> None:
-        self.log.setdefault(name, []).append(value)
+        noted = self.log.setdefault(name, [0.0, 0])
+        noted[0] += value
+        noted[1] += 1
 
     def _count(self, name: str, value: int) -> None:
-        self.progress.counts[name] = self.progress.counts.get(name, 0) + value
+        self.counts[name] = self.counts.get(name, 0) + value
 
-    def _write_log(self, step: int, speed: float) -> None:
+    def _merge(self) -> None:
+        """Bring what each process has noted and counted together, in the progress, which is saved."""
+        for log, counts in self.world.gather_objects((self.log, self.counts)):
+            for name, (total, number) in log.items():
+                merged = self.progress.unwritten.setdefault(name, [0.0, 0])
+                merged[0] += total
+                merged[1] += number
+            for name, count in counts.items():
+                self.progress.counts[name] = self.progress.counts.get(name, 0) + count
+        self.log, self.counts = {}, {}
+
+    def _write_log(self, step: int, seconds: float, seconds_per_step: float) -> None:
+        """A line of the log on the ``seconds`` since the last one."""
+        self._merge()
+        progress, optimizer = self.progress, self.optimizer
+        left = self.steps - step - 1 + self.trainer.steps_after(progress.stage)
         figures: dict[str, Any] = {
             "stage": self.stage.name,
-            "step": self.progress.total,
+            "step": progress.total,
             "stage_step": step + 1,
             "stage_steps": self.steps,
-            **{name: sum(values) / len(values) for name, values in self.log.items()},
-            "lr": scheduled_lr(step, self.steps, self.optimizer.lr, self.optimizer),
-            "images_per_second": speed,
-            "seconds": self.progress.seconds,
-            **self.progress.counts,
+            **{name: total / number for name, (total, number) in progress.unwritten.items()},
+            "grad_norm_max": progress.highest_norm,
+            "lr": scheduled_lr(step, self.steps, optimizer.lr, optimizer),
+            "visual_lr": scheduled_lr(step, self.steps, optimizer.visual_lr or optimizer.lr, optimizer),
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "memory_gb": peak_memory(self.world.device),
+            "seconds": progress.seconds,
+            "eta_seconds": left * seconds_per_step,
+            **progress.counts,
         }
-        self.log.clear()
+        if self.trainer.peak_flops:
+            used = self.trainer.flops_per_image(self.stage) * figures["images_per_second"]
+            figures["mfu"] = used / (self.trainer.peak_flops * self.world.size)
+        progress.unwritten, progress.highest_norm = {}, 0.0
+        self.images = self.tokens = 0.0
         self._append(figures)
         self.trainer.watch("step", figures)
 
     def _append(self, figures: dict[str, Any]) -> None:
-        if self.world.is_first:
+        if not self.world.is_first:
+            return
+        line = json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figures.items()}) + "\n"
+        try:
             with open(self.trainer.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n"
-                )
+                stream.write(line)
+        except OSError as error:  # a full disk shows when a checkpoint is due, which then keeps the old ones
+            text = f"metrics.jsonl can't be written: {error.strerror}"
+            self.trainer.watch("note", {"level": "warning", "text": text})
+
+    # -- evaluation and checkpoints ----------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        state = whole_state(self.module.model, self.engine)
-        if self.world.is_first and self.recipe.evaluate:
-            began = time.perf_counter()
-            metrics = self.trainer.evaluate(state)
-            better = self.progress.note_scores(metrics, self.recipe.run.best)
-            figures = {"stage": self.stage.name, "step": self.progress.total, "evaluation": metrics,
-                       "evaluation_seconds": time.perf_counter() - began}  # fmt: skip
-            self._append(figures)
-            self.trainer.watch("evaluation", figures)
-            if better:
-                self.trainer.export(state, "best")
-        self.world.barrier()
+        with self.stall.paused():
+            state = whole_state(self.module.model, self.engine, keep=self.world.is_first)
+            error: BaseException | None = None
+            if self.world.is_first and self.recipe.evaluate:
+                try:
+                    self._evaluate_here(state)
+                except Exception as raised:  # the others wait: they have to hear of it
+                    error = raised
+            if self.world.any(error is not None):
+                raise error or MplugError("the evaluation failed on the first process", "its message says why")
+
+    def _evaluate_here(self, state: dict[str, torch.Tensor]) -> None:
+        began = time.perf_counter()
+        metrics = self.trainer.evaluate(state)
+        better = self.progress.note_scores(metrics, self.recipe.run.best)
+        figures = {"stage": self.stage.name, "step": self.progress.total, "evaluation": metrics,
+                   "evaluation_seconds": time.perf_counter() - began}  # fmt: skip
+        self._append(figures)
+        self.trainer.watch("evaluation", figures)
+        if better:
+            self.trainer.export(state, "best")
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """What an error of torch means to the user, or itself."""
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            return MplugError(
+                f"out of memory at step {self.progress.total}",
+                "lower batch_size, or set engine.checkpointing or a higher engine.zero_stage",
+            )
+        if lost := lost_worker(error):
+            return DataError(lost, f"{self._last_checkpoint()}; lower data.workers, and run it again to go on")
+        if self.world.size > 1 and any(word in text for word in LOST):
+            return MplugError("another process of the run has ended", f"{self._last_checkpoint()}; run it again to go on")
+        return error
 
     def _out_of_patience(self, step: int) -> bool:
         """Whether the stage ends at this step, as too many evaluations have brought no new best."""
@@ -260,20 +440,41 @@ class StageLoop:
         return True
 
     def _save(self) -> None:
-        state = {
-            name: part.state_dict() if part is not None else None
-            for name, part in (("teacher", self.teacher), ("queue", self.queue), ("average", self.trainer.average))
+        with self.stall.paused():
+            self._merge()
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        trainer, world = self.trainer, self.world
+        parts = {"teacher": self.teacher, "queue": self.queue, "average": trainer.average}
+        model = whole_state(self.module.model, self.engine, keep=world.is_first)
+
+        def write(folder: Path) -> None:
+            self.engine.save(folder)  # the processes meet in here alone
+            save_random(folder, world)
+            if world.is_first:
+                save_parts(folder, parts)
+                trainer.export(model, "model", folder)
+
+        need = state_bytes(self.engine) + sum(value.nbytes for _, value in part_tensors(parts))
+        need += sum(value.numel() * 2 for value in model.values())
+        meta = {
+            "progress": vars(self.progress),
+            "stage": self.stage.name,
+            "accumulate": self.accumulate,
+            "pieces": trainer.pieces,
+            "recipe": trainer.recipe_values(),
         }
-        meta = {"progress": vars(self.progress), "world": self.world.size, "stage": self.stage.name}
-        name = f"step-{self.progress.total:08d}"
-        write_checkpoint(self.trainer.folder, name, self.world, self.engine.save, state, meta, self.recipe.run.keep)
-        self.trainer.export(whole_state(self.module.model, self.engine), "model")
+        name, best = checkpoint_name(self.progress.total), None
+        if self.progress.best:
+            best = checkpoint_name(self.progress.best_at)
+        folder = write_checkpoint(trainer.folder, name, world, write, meta, self.recipe.run.keep, best, need)
+        publish_model(trainer.folder, folder, world)
 
 
-def whole_state(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
-    """The model's state on the CPU in fp32, whole whatever the engine sharded."""
-    with engine.whole(list(model.parameters())):
-        return {
-            name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone()
-            for name, value in model.state_dict().items()
-        }
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GB: of the device, or of the machine on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,48 @@ import yaml
 from pydantic import ValidationError
 
 from mplug_core.data.batches import Source
+from mplug_core.data.records.types import KINDS, Records
 from mplug_core.data.scenes import holds_scenes, write_scenes
+from mplug_core.data.shards.reading import Pack
+from mplug_core.data.shards.remote import locate
+from mplug_core.data.shards.source import ShardSource, text_records
 from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption, clean_question
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
 from mplug_core.model.teacher import FeatureQueue, Teacher
-from mplug_core.recipe import DataSpec, ModelSection, Recipe, StageSection, nearest
+from mplug_core.recipe import DataSpec, ModelSection, Recipe, SourceSection, StageSection, nearest
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
 from mplug_core.tasks.task import EvaluateOptions, Ready, Texts
+from mplug_core.training.agreement import together
 from mplug_core.training.alignment import Alignment
-from mplug_core.training.checkpoint import latest_checkpoint, read_checkpoint, restore_random
+from mplug_core.training.checkpoint import (
+    ANEW,
+    latest_checkpoint,
+    load_parts,
+    publish_model,
+    read_meta,
+    require_sound,
+)
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine, import_deepspeed
+from mplug_core.training.engine_state import whole_state
 from mplug_core.training.features import cache_features
-from mplug_core.training.loop import Progress, StageLoop, Watch, whole_state
+from mplug_core.training.loop import Progress, StageLoop, Watch
 from mplug_core.training.optimizer import for_stage
+from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe, restore_random, share_lots
 from mplug_core.training.stand_in import StandIn
 from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, words_without_piece
 from mplug_core.training.step import TrainStep
+from mplug_core.training.trackers import Followers, check_trackers
+from mplug_core.weights.durable import replace_text
 from mplug_core.weights.folder import Stored, fill_buffers, read_model, save_model
 from mplug_core.weights.pretrained import bert_pieces, class_name_features, load_bert, load_visual
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""On which a run saves and ends with code 75; schedulers send the first and the last before they take a machine."""
 
 
 def train(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figures: None) -> Path:
@@ -45,9 +64,11 @@ def train(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figu
     score where the recipe names ``run.best``.
 
     ``resume``: ``auto`` continues the run folder's last checkpoint if there is one, ``never`` starts anew.
-    Raises Preempted (exit code 75) with everything saved when told to stop by SIGTERM or SIGINT.
+    Raises Preempted (exit code 75) with everything saved when told to stop by SIGTERM, SIGINT or SIGUSR1.
     """
-    return Trainer(recipe, watch, resume).run()
+    trainer = Trainer(recipe, watch, resume)
+    with trainer.followers:
+        return trainer.run()
 
 
 class Trainer:
@@ -55,12 +76,17 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, watch: Watch, resume: str = "auto") -> None:
         self.recipe = recipe
+        check_trackers(recipe)
         self.world = World.from_environment()
         if self.world.size > 1:
             import_deepspeed()  # connects the processes, which wait for each other from here on
-        self.watch = watch if self.world.is_first else lambda kind, figures: None
         self.folder = Path(recipe.run.folder or f"runs/{recipe.name}")
+        self.followers = Followers(recipe, self.folder, watch)
+        self.watch = self.followers if self.world.is_first else lambda kind, figures: None
         self.checkpoint = self._find_checkpoint(resume)
+        self.meta = read_meta(self.checkpoint) if self.checkpoint is not None else {}
+        self.pieces = 1
+        self.recipe = recipe = self._same_batch(recipe)
         self.stop_signal: int | None = None
         if recipe.engine.threads:
             torch.set_num_threads(recipe.engine.threads)
@@ -82,6 +108,7 @@ class Trainer:
         self.sources = {name: self._source(name) for name in recipe.data.sources}
         self.stand_in: StandIn | None = None
         self.progress = Progress()
+        self.peak_flops: float | None = None
         self.average: Teacher | None = None
         if recipe.run.average:
             self.average = Teacher(self.model, recipe.run.average)
@@ -110,7 +137,7 @@ class Trainer:
 
     def _tokenizer(self, start: Stored | None) -> Tokenizer:
         if self.checkpoint is not None:
-            return Tokenizer.load(self.folder / "vocab.txt")
+            return Tokenizer.load(self.checkpoint / "model" / "vocab.txt")
         data, bins = self.recipe.data, self.recipe.model.box_bins
         texts = (text for name in data.sources for text in self._all_texts(name))
         if start is not None:
@@ -142,19 +169,30 @@ class Trainer:
         self.recipe = recipe.model_copy(update={"model": ModelSection(**config.model_dump())})
         return config
 
-    def _all_texts(self, name: str) -> list[str]:
+    def _all_texts(self, name: str) -> Iterator[str]:
         section = self.recipe.data.sources[name]
-        texts: list[str] = []
+        pack = self._pack(name)
         for task in section.tasks:
             if task == "patches":
                 continue
-            records = TASKS[task].read(self._placed(section), section.text_only)
+            if pack is None:
+                records = iter(TASKS[task].read(self._placed(section), section.text_only))
+            else:
+                records = pack.records(KINDS[task])
             for record in records:
                 values = vars(record)
-                texts += [clean_caption(text, 1000) for text in values.get("captions", ()) or values.get("answers", ())]
-                asked = [values[key] for key in ("question", "phrase", "statement", "hypothesis") if key in values]
-                texts += [clean_question(text) for text in asked]
-        return texts
+                for text in values.get("captions", ()) or values.get("answers", ()):
+                    yield clean_caption(text, 1000)
+                for key in ("question", "phrase", "statement", "hypothesis"):
+                    if key in values:
+                        yield clean_question(values[key])
+
+    def _pack(self, name: str) -> Pack | None:
+        """The pack that a source streams from, if its path is one."""
+        section, data = self.recipe.data.sources[name], self.recipe.data
+        placed = self._placed(section)
+        folder = locate(placed.path, placed.split, placed.format, data.cache, data.cache_gb)
+        return None if folder is None else Pack(folder, section.limit)
 
     def _start_weights(self, stored: Stored | None) -> None:
         start = self.recipe.start
@@ -172,9 +210,20 @@ class Trainer:
 
     def _source(self, name: str) -> Source:
         section = self.recipe.data.sources[name]
+        pack = self._pack(name)
+
+        def encoder(task: str) -> Any:
+            return lambda drawn, rng: self.tasks[task].encode(drawn, rng, self.texts)
+
+        encoders = {task: encoder(task) for task in section.tasks}
+        if pack is not None and not section.text_only:
+            return self._streamed(name, section, pack, encoders)
         records: dict[str, Any] = {}
         for task in section.tasks:
-            found = self.tasks[task].read(self._placed(section), section.text_only)
+            if pack is None:
+                found = self.tasks[task].read(self._placed(section), section.text_only)
+            else:  # stand-ins need the features of all texts before the first step
+                found = Records(text_records(pack, KINDS.get(task, task)), Path(pack.name), "shards")
             bad = len(found.missing) + len(found.broken)
             if bad:
                 self.watch("note", {"text": found.report()})
@@ -183,14 +232,23 @@ class Trainer:
             records[task] = found.records
             if prepare := getattr(self.tasks[task], "prepare", None):
                 prepare(found.records[: section.limit], self.texts, self.recipe.wanted())
-
-        def encoder(task: str) -> Any:
-            return lambda drawn, rng: self.tasks[task].encode(drawn, rng, self.texts)
-
-        encoders = {task: encoder(task) for task in section.tasks}
         source = Source(name, section, records, self.config.vision, encoders)
         if section.cached_views:
             source.features, source.placements = cache_features(source, self.model, self.folder / "features")
+        return source
+
+    def _streamed(self, name: str, section: SourceSection, pack: Pack, encoders: dict[str, Any]) -> ShardSource:
+        """A source whose records stay in its pack; RecipeError for what needs all of them at once."""
+        if section.cached_views:
+            raise RecipeError(
+                f"data.sources.{name}: cached_views holds the features of every image, a pack is streamed",
+                "set cached_views: 0, or train on the data set itself",
+            )
+        lots = self.world.size * self.recipe.engine.accumulate
+        limit = self.recipe.data.max_bad_fraction
+        source = ShardSource(name, section, pack, self.config.vision, encoders, lots, limit)
+        if "caption" in section.tasks and "self_critical" in self.recipe.wanted():
+            self.tasks["caption"].prepare(text_records(pack, "captions"), self.texts, self.recipe.wanted())
         return source
 
     def _check_evaluations(self) -> None:
@@ -221,22 +279,37 @@ class Trainer:
         sources = [self.sources[name] for name in stage.sources or self.sources]
         if not sources:
             raise RecipeError("data.sources is empty", "name at least one data set")
-        per_epoch = max(source.steps_per_epoch(self.world.size) for source in sources)
-        return max(1, per_epoch * (self.recipe.epochs or 1) // self.recipe.engine.accumulate)
+        # of the global batch alone: the same when a run goes on on another number of processes
+        lots = self.world.size * self.recipe.engine.accumulate
+        return max(source.steps_per_epoch(lots) for source in sources) * (self.recipe.epochs or 1)
+
+    def steps_after(self, stage: int) -> int:
+        """Optimizer steps of the stages behind one."""
+        return sum(self.steps_of(later) for later in self.stages[stage + 1 :] if later.align is None)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        checkpoint, restored = self.checkpoint, None
+        checkpoint = self.checkpoint
         self._prepare_folder()
         # processes have the same weights and draw different dropout
         torch.manual_seed(self.recipe.seed * 1009 + self.world.rank)
         if checkpoint is not None:
-            restored, meta = read_checkpoint(checkpoint, self.world)
-            self.progress = Progress(**meta["progress"])
-            if self.world.is_first:
-                forget_later_metrics(self.folder / "metrics.jsonl", self.progress.total)
+            try:
+                self.progress = Progress(**self.meta["progress"])
+            except TypeError as error:
+                raise CheckpointError(f"{checkpoint} is of another version: {error}", ANEW) from error
+            with together(self.world):
+                if self.world.is_first:
+                    forget_later_metrics(
+                        self.folder / "metrics.jsonl", self.progress.total, self.progress.scores_at
+                    )
+            # a kill may have come between the checkpoint and the run's own model folder
+            publish_model(self.folder, checkpoint, self.world)
             self.watch("note", {"text": f"resumed {checkpoint} at step {self.progress.total}"})
+        if self.world.is_first:
+            planned = sum(self.steps_of(stage) for stage in self.stages if stage.align is None)
+            self.followers.begin(self.progress.total, checkpoint is not None, planned)
         self._listen()
         try:
             for number, stage in enumerate(self.stages):
@@ -246,8 +319,8 @@ class Trainer:
                 if number < self.progress.stage or stage.align is not None:
                     continue
                 self.progress.stage = number
-                self._run_stage(stage, checkpoint, restored)
-                checkpoint = restored = None
+                self._run_stage(stage, checkpoint)
+                checkpoint = None
                 self.progress.step = 0
         finally:
             self._unlisten()
@@ -259,39 +332,80 @@ class Trainer:
         return self.folder
 
     def _find_checkpoint(self, resume: str) -> Path | None:
-        """The checkpoint to continue, if any."""
+        """The checkpoint to continue, if any: a sound one, the same on all processes."""
         if resume == "never":
             return None
-        return latest_checkpoint(self.folder) if resume == "auto" else Path(resume)
+        if resume == "auto":
+            warn = lambda text: self.watch("note", {"level": "warning", "text": text})  # noqa: E731
+            return latest_checkpoint(self.folder, self.world, warn)
+        return require_sound(Path(resume), self.world)
+
+    def _same_batch(self, recipe: Recipe) -> Recipe:
+        """The recipe with the steps' global batch shared among these processes as it was among those before."""
+        if self.checkpoint is None:
+            return recipe
+        lots = self.meta["world"] * self.meta["accumulate"] // self.meta["pieces"]
+        sources = recipe.data.sources
+        accumulate, self.pieces = share_lots(lots, self.world.size, [s.batch_size for s in sources.values()])
+        if self.meta["world"] != self.world.size:
+            parts = f"{accumulate} parts of 1/{self.pieces} of batch_size" if self.pieces > 1 else f"{accumulate} parts"
+            text = f"{self.meta['world']} processes before, {self.world.size} now: each computes {parts} of a step"
+            self.watch("note", {"text": f"{text}, which learns from as much as before"})
+        smaller = {
+            name: section.model_copy(update={"batch_size": section.batch_size // self.pieces})
+            for name, section in sources.items()
+        }
+        return recipe.model_copy(
+            update={
+                "engine": recipe.engine.model_copy(update={"accumulate": accumulate}),
+                "data": recipe.data.model_copy(update={"sources": smaller}),
+            }
+        )
+
+    def recipe_values(self) -> dict[str, Any]:
+        """The recipe as it was given, for files: batches that are cut into pieces for these processes are whole."""
+        values = self.recipe.model_dump(mode="json")
+        for section in values["data"]["sources"].values():
+            section["batch_size"] *= self.pieces
+        return values
 
     def _prepare_folder(self) -> None:
-        """Create the run folder with recipe and vocabulary, or make sure that it is this recipe's."""
+        """Create the run folder with recipe and vocabulary, or make sure that the checkpoint is this recipe's."""
         checkpoint = self.checkpoint
-        values = self.recipe.model_dump(mode="json")
-        kept = self.folder / "recipe.yaml"
-        if self.world.is_first:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if checkpoint is not None and kept.is_file():
-                    refuse_other_recipe(yaml.safe_load(kept.read_text(encoding="utf-8")), values, self.folder)
-                kept.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-                if checkpoint is None:
-                    self.tokenizer.save(self.folder / "vocab.txt")
-                    (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-                    shutil.rmtree(self.folder / "best", ignore_errors=True)
-            except OSError as error:
-                raise MplugError(f"cannot write {self.folder}: {error.strerror}", "set run.folder") from error
+        values = self.recipe_values()
+        if checkpoint is not None:
+            for difference in refuse_other_recipe(self.meta["recipe"], values, checkpoint):
+                self.watch("note", {"text": f"other than before: {difference}"})
+        with together(self.world):
+            if self.world.is_first:
+                self._write_folder(values, anew=checkpoint is None)
+
+    def _write_folder(self, values: dict[str, Any], anew: bool) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_text(self.folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False))
+            self.tokenizer.save(self.folder / "vocab.txt")
+            if anew:
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / "best", ignore_errors=True)
+        except OSError as error:
+            raise MplugError(f"cannot write {self.folder}: {error.strerror}", "set run.folder") from error
 
     def _listen(self) -> None:
-        """Ask to be stopped between steps on SIGTERM and SIGINT; a second signal stops at once."""
+        """Ask to be stopped between steps on SIGTERM, SIGINT and SIGUSR1; a second signal stops at once."""
+
+        asked = 0.0
 
         def note(number: int, frame: Any) -> None:
-            if self.stop_signal is not None:
+            nonlocal asked
+            if self.stop_signal is None:
+                self.stop_signal, asked = number, time.monotonic()
+            # a terminal signals the launcher and its processes at once, and the launcher hands it on: that is one wish
+            elif time.monotonic() - asked > 1:
                 raise KeyboardInterrupt
-            self.stop_signal = number
 
         self._previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             try:
                 self._previous[number] = signal.signal(number, note)
             except ValueError:  # not the main thread: whoever owns it handles signals
@@ -330,7 +444,7 @@ class Trainer:
         if self.average is not None:
             self.average.reset(self.model)
 
-    def _run_stage(self, stage: StageSection, checkpoint: Path | None, restored: dict[str, Any] | None) -> None:
+    def _run_stage(self, stage: StageSection, checkpoint: Path | None) -> None:
         recipe = self.recipe
         objectives = stage.objectives or recipe.objectives
         optimizer = for_stage(recipe.optimizer, stage)
@@ -343,11 +457,14 @@ class Trainer:
         engine = build_engine(module, recipe.engine, optimizer, self.world, batch_size)
         if checkpoint is not None:
             engine.load(checkpoint)
-            for name, part in (("teacher", teacher), ("queue", queue), ("average", self.average)):
-                if part is not None and restored.get(name) is not None:
-                    part.load_state_dict(restored[name])
+            parts = {"teacher": teacher, "queue": queue, "average": self.average}
+            with together(self.world):
+                unknown = load_parts(checkpoint, parts)
+            if self.average is not None and "average" in unknown:  # wanted only now
+                self.average.reset(module.model, engine.whole)
             # last, since what was built on the way has drawn from it
-            restore_random(checkpoint, self.world)
+            with together(self.world):
+                restore_random(checkpoint, self.world, recipe.seed, self.progress.total)
         elif teacher is not None:
             teacher.reset(module.model, engine.whole)
         loop = StageLoop(self, stage, engine, module, objectives, optimizer, sources, steps, teacher, queue)
@@ -385,13 +502,16 @@ class Trainer:
     def _all_tasks(self) -> dict[str, Any]:
         return {**TASKS, "caption": CaptionTask(), "patches": PatchTask(self.config, self.model.visual.grid[0])}
 
-    def export(self, state: dict[str, torch.Tensor], name: str) -> None:
-        """Write the model folder ``name`` of the run: the average of the weights if one is kept, else the weights."""
+    def export(self, state: dict[str, torch.Tensor], name: str, folder: Path | None = None) -> None:
+        """Write the model folder ``name`` of the run, or of ``folder``, on the first process.
+
+        Its weights are the average if one is kept, else ``state``.
+        """
         if self.average is not None:
             state = self.average.model.state_dict()
         if self.world.is_first:
             card = model_card(self.recipe, self.progress)
-            save_model(self.folder / name, self.model, self.tokenizer, self.recipe, card, state=state)
+            save_model((folder or self.folder) / name, self.model, self.tokenizer, self.recipe, card, state=state)
 
     def evaluate(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
         """The recipe's evaluations, on the first process: metrics by ``name/task/metric``."""
@@ -426,39 +546,3 @@ def model_card(recipe: Recipe, progress: Progress) -> str:
             most = f", the first {section.limit}" if section.limit else ""
             lines += ["", f"`{name}`: {section.path}{part}{most}."]
     return "\n".join(lines) + "\n"
-
-
-def forget_later_metrics(file: Path, total: int) -> None:
-    """Leave out of a log what was written after the checkpoint of step ``total``: it is computed again."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= total:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # the line at which a killed run stopped
-            continue
-    beside = file.with_name(f".{file.name}")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, file)
-
-
-def refuse_other_recipe(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    """CheckpointError with the differences if a run folder belongs to another recipe; intervals may change."""
-
-    def flat(values: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(values, dict) and values:
-            return {
-                k: v for key, value in values.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()
-            }
-        return {path: values}
-
-    before, after = flat(old), flat(new)
-    free = ("run.", "evaluate.", "engine.threads", "data.workers", "data.root")
-    changed = sorted(
-        key for key in before.keys() | after.keys() if before.get(key) != after.get(key) and not key.startswith(free)
-    )
-    if changed:
-        shown = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed[:5])
-        raise CheckpointError(f"{folder} holds a run of another recipe ({shown})", "set run.folder or --resume never")

@@ -24,6 +24,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
+from mplug_core.weights.durable import replace_folder
 from mplug_core.weights.official import convert
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
@@ -78,21 +79,6 @@ def save_model(
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put ``new`` in the place of ``folder``; the old one goes only when the new one stands."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    old = new.with_name(new.name + ".old")
-    os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_model(spec: str | None) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mplug_core.data.batches import Batch, Drawn, Source, Steps, image_groups
+from mplug_core.data.batches import Batch, Drawn, Source, Lots, image_groups
 from mplug_core.data.placement import WHOLE, Placement, adapt
 from mplug_core.data.records import CaptionRecord, PhraseRecord, QuestionRecord, StatementRecord
 from mplug_core.errors import DataError
@@ -62,19 +62,19 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_determined_by_seed_step_and_rank(photos: list[Path]) -> None:
-    first = source(captions(photos)).draw(3, 5, 1, 2)
+    first = source(captions(photos)).draw(3, 2 * 5 + 1)
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
-    again = source(captions(photos)).draw(3, 5, 1, 2)
+    again = source(captions(photos)).draw(3, 2 * 5 + 1)
     assert same(first, again)
     one = source(captions(photos))
-    assert not torch.equal(one.draw(3, 5, 1, 2).image_ids, one.draw(4, 5, 1, 2).image_ids)
-    assert not torch.equal(one.draw(3, 4, 1, 2).image_ids, one.draw(3, 5, 1, 2).image_ids)
+    assert not torch.equal(one.draw(3, 2 * 5 + 1).image_ids, one.draw(4, 2 * 5 + 1).image_ids)
+    assert not torch.equal(one.draw(3, 2 * 4 + 1).image_ids, one.draw(3, 2 * 5 + 1).image_ids)
 
 
 def test_drawing_leaves_the_global_random_states_alone(photos: list[Path]) -> None:
     torch.manual_seed(0), random.seed(0)
     before = torch.get_rng_state(), random.getstate()
-    source(captions(photos), augment="randaugment").draw(0, 0, 0, 1)
+    source(captions(photos), augment="randaugment").draw(0, 0)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
@@ -85,26 +85,26 @@ def test_an_epoch_has_every_image_once_and_ranks_share_none(photos: list[Path], 
     for epoch in range(2):
         seen = [
             i for step in range(3 // world) for rank in range(world)
-            for i in one.draw(0, epoch * (3 // world) + step, rank, world).image_ids.tolist()
+            for i in one.draw(0, (epoch * (3 // world) + step) * world + rank).image_ids.tolist()
         ]  # fmt: skip
         assert sorted(seen) == list(range(12))
 
 
 def test_epochs_are_shuffled_anew(photos: list[Path]) -> None:
     one = source(captions(photos))
-    orders = [[one.draw(0, 3 * epoch + s, 0, 1).image_ids.tolist() for s in range(3)] for epoch in range(2)]
+    orders = [[one.draw(0, 3 * epoch + s).image_ids.tolist() for s in range(3)] for epoch in range(2)]
     assert orders[0] != orders[1]
 
 
 def test_any_number_of_processes_draws_the_same_global_batch(photos: list[Path]) -> None:
-    whole = source(captions(photos), batch_size=6).draw(0, 1, 0, 1).image_ids.tolist()
-    parts = [source(captions(photos), batch_size=2).draw(0, 1, rank, 3).image_ids.tolist() for rank in range(3)]
+    whole = source(captions(photos), batch_size=6).draw(0, 1).image_ids.tolist()
+    parts = [source(captions(photos), batch_size=2).draw(0, 3 + rank).image_ids.tolist() for rank in range(3)]
     assert [i for part in parts for i in part] == whole
 
 
 def test_blocks_point_at_their_images(photos: list[Path]) -> None:
     one = source(captions(photos), augment="none")
-    batch = one.draw(0, 0, 0, 1)
+    batch = one.draw(0, 0)
     block = batch.blocks["pretrain"]
     for row, name in zip(block["rows"][:, 0], block["names"], strict=True):
         assert batch.image_ids[row] == name  # photos are numbered in the order of the records
@@ -118,7 +118,7 @@ def test_pairs_are_drawn_together(photos: list[Path]) -> None:
     one = source(records)
     assert one.per_group == 2 and one.groups_per_batch() == 2
     for step in range(3):
-        batch = one.draw(0, step, 0, 1)
+        batch = one.draw(0, step)
         assert len(batch.image_ids) == 4
         left, right = batch.image_ids[batch.blocks["statements"]["rows"]].T
         assert torch.equal(right, left + 1) and len(left) == 2
@@ -131,16 +131,16 @@ def test_groups() -> None:
 def test_several_records_of_an_image(photos: list[Path]) -> None:
     questions = [QuestionRecord(p, f"q{k}", ("a",), (1.0,), "") for p in photos for k in range(5)]
     records = {**captions(photos), "vqa": questions}
-    batch = source(records, tasks={"pretrain": 2, "vqa": 3}).draw(0, 0, 0, 1)
+    batch = source(records, tasks={"pretrain": 2, "vqa": 3}).draw(0, 0)
     assert len(batch.blocks["pretrain"]["rows"]) == 4 * 2 and len(batch.blocks["vqa"]["rows"]) == 4 * 3
-    few = source({"vqa": questions}, tasks={"vqa": 99}).draw(0, 0, 0, 1)
+    few = source({"vqa": questions}, tasks={"vqa": 99}).draw(0, 0)
     assert len(few.blocks["vqa"]["rows"]) == 4 * 5
 
 
 def test_images_without_records_of_a_task(photos: list[Path]) -> None:
     records = {**captions(photos), "vqa": [QuestionRecord(photos[0], "q", ("a",), (1.0,), "")]}
     one = source(records)
-    found = [("vqa" in batch.blocks, 0 in batch.image_ids) for batch in (one.draw(0, s, 0, 1) for s in range(3))]
+    found = [("vqa" in batch.blocks, 0 in batch.image_ids) for batch in (one.draw(0, s) for s in range(3))]
     assert all(has == there for has, there in found) and sum(has for has, _ in found) == 1
 
 
@@ -149,7 +149,7 @@ def test_limit(photos: list[Path]) -> None:
 
 
 def test_batch_larger_than_the_data(photos: list[Path]) -> None:
-    batch = source(captions(photos[:3]), batch_size=8).draw(0, 0, 0, 1)
+    batch = source(captions(photos[:3]), batch_size=8).draw(0, 0)
     assert len(batch.image_ids) == 8 and len(batch.blocks["pretrain"]["rows"]) == 8
 
 
@@ -168,7 +168,7 @@ def test_bad_images_are_counted_and_left_out(photos: list[Path], tmp_path: Path)
 
 def test_batch_without_any_readable_image(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image of a batch can be read, first: .*missing"):
-        source(captions([tmp_path / f"{k}.png" for k in range(4)])).draw(0, 0, 0, 1)
+        source(captions([tmp_path / f"{k}.png" for k in range(4)])).draw(0, 0)
 
 
 def test_a_batch_of_which_nothing_is_true_is_drawn_anew(photos: list[Path]) -> None:
@@ -178,7 +178,7 @@ def test_a_batch_of_which_nothing_is_true_is_drawn_anew(photos: list[Path]) -> N
     texts = ["a dog is left of a cat"] + ["there are two dogs"] * 5
     records = {"statements": [StatementRecord(pair, text, True) for pair, text in zip(pairs, texts, strict=True)]}
     one = Source("s", section, records, VISION, {"statements": encode})
-    drawn = [one.draw(0, step, 0, 1) for step in range(12)]
+    drawn = [one.draw(0, step) for step in range(12)]
     assert all(batch.blocks["statements"]["rows"].tolist() == [[0, 1]] and not batch.bad for batch in drawn)
 
 
@@ -210,11 +210,11 @@ def test_flip_turns_half_of_the_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_resumes_and_workers_change_nothing(photos: list[Path], workers: int) -> None:
-    steps = Steps([source(captions(photos)), source(captions(photos[:6]))], seed=7, rank=1, world=2)
-    want = [steps[s] for s in range(3, 6)]
+    lots = Lots([source(captions(photos)), source(captions(photos[:6]))], seed=7, rank=1, world=2)
+    want = [lots[s] for s in range(3, 6)]
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    got = list(steps.loader(3, 6, workers))
+    got = list(lots.loader(3, 6, workers))
     assert torch.equal(torch.get_rng_state(), before), "the loader draws from the state that dropout uses"
     assert len(got) == 3
     for one, other in zip(got, want, strict=True):
@@ -227,7 +227,7 @@ def test_text_only_source() -> None:
     section = SourceSection(path="x", batch_size=4, text_only=True, tasks={"caption": 1})
     one = Source("texts", section, records, VISION, encode_texts)
     one.aligned = np.arange(6, dtype=np.float32)[None, :, None].repeat(2, -1)
-    batch = one.draw(0, 0, 0, 1)
+    batch = one.draw(0, 0)
     assert batch.pixels is None and batch.features is None
     assert batch.stand_in.shape == (4, 2) and torch.equal(batch.stand_in[:, 0].long(), batch.image_ids)
     assert batch.blocks["caption"]["rows"].flatten().tolist() == [0, 1, 2, 3]
@@ -237,13 +237,13 @@ def test_cached_features(photos: list[Path]) -> None:
     one = source(captions(photos))
     one.features = np.arange(2 * 12, dtype=np.float16).reshape(2, 12, 1, 1)
     one.placements = np.array([[WHOLE_ROW] * 12] * 2)
-    batch = one.draw(0, 0, 0, 1)
+    batch = one.draw(0, 0)
     assert batch.pixels is None and batch.features.shape == (4, 1, 1)
     assert torch.equal(batch.features.flatten().long() % 12, batch.image_ids)
 
 
 def test_to_moves_and_casts_floats_alone(photos: list[Path]) -> None:
-    batch = source(captions(photos)).draw(0, 0, 0, 1).to(torch.device("cpu"), torch.bfloat16)
+    batch = source(captions(photos)).draw(0, 0).to(torch.device("cpu"), torch.bfloat16)
     assert batch.pixels.dtype == torch.bfloat16 and batch.image_ids.dtype == torch.int64
     assert batch.blocks["pretrain"]["rows"].dtype == torch.int64 and batch.source == "photos"
 
@@ -296,7 +296,7 @@ def white(pixels: torch.Tensor) -> list[float]:
 def test_the_box_is_where_the_thing_is(spotted: Path, augment: str, fit: str) -> None:
     one, kept = on_spot(spotted, augment=augment, fit=fit)
     for step in range(30):
-        batch = one.draw(0, step, 0, 1)
+        batch = one.draw(0, step)
         (_, record), seen = kept.drawn[-1], batch.pixels[0].mean(0)
         seen[seen == 0] = seen.min()  # padding is as black as the picture
         # RandAugment changes brightness: what is brighter than the middle between black and white
@@ -328,7 +328,7 @@ def test_texts_follow_the_flip(photos: list[Path]) -> None:
     one.features = np.zeros((1, 12, 1, 1), np.float16)
     mirrored = [k % 3 == 0 for k in range(12)]
     one.placements = np.array([[[-1.0, 1, 1, 0] if m else WHOLE_ROW for m in mirrored]])
-    ids = one.draw(0, 0, 0, 1).image_ids
+    ids = one.draw(0, 0).image_ids
     assert len(kept.drawn) == 24
     for (row,), record in kept.drawn:
         flipped = mirrored[int(ids[row])]
@@ -359,7 +359,7 @@ def test_cached_views_move_boxes(photos: list[Path]) -> None:
     one.features[1] = 1
     half = list(astuple(Placement.of_region((0.5, 0.0, 1.0, 1.0), False)))
     one.placements = np.array([[WHOLE_ROW] * 12, [half] * 12])
-    batch = one.draw(0, 0, 0, 1)
+    batch = one.draw(0, 0)
     shown: dict[int, dict[str, Any]] = {}
     for (row,), record in kept.drawn:
         shown.setdefault(int(row), {})[record.phrase] = record.box
@@ -395,5 +395,5 @@ def test_boxes_without_a_meaning_are_left_out(photos: list[Path]) -> None:
     }
     section = SourceSection(path="x", batch_size=1, augment="crop", tasks={"grounding": 9, "pretrain": 1})
     one = Source("s", section, records, VISION, {"grounding": kept, "pretrain": encode})
-    batch = one.draw(0, 0, 0, 1)
+    batch = one.draw(0, 0)
     assert set(batch.blocks) == {"pretrain"} and not kept.drawn

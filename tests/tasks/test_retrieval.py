@@ -141,7 +141,7 @@ class TestLosses:
             "scenes", section, {"retrieval": TASK.read(train(scenes)).records}, ready.config.vision,
             {"retrieval": lambda drawn, rng: TASK.encode(drawn, rng, ready.texts)},
         )  # fmt: skip
-        block = source.draw(0, 0, 0, 1).blocks["retrieval"]
+        block = source.draw(0, 0).blocks["retrieval"]
         assert block["image"].tolist() == list(range(6)) and set(block) == {"image", "ids", "mask", "group"}
 
 

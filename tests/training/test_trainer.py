@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted,
 from mplug_core.recipe import Recipe
 from mplug_core.training.checkpoint import latest_checkpoint
 from mplug_core.training.features import cache_features
-from mplug_core.training.trainer import Progress, Trainer, forget_later_metrics, refuse_other_recipe, train
+from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe
+from mplug_core.training.trainer import Trainer, train
 from mplug_core.weights.folder import load_model
 from tests.training.recipes import scene_recipe
 
 ROOT = Path(__file__).parent.parent.parent
-TIMES = ("images_per_second", "seconds", "evaluation_seconds")
+TIMES = (
+    "images_per_second", "tokens_per_second", "mfu", "memory_gb", "seconds", "eta_seconds", "evaluation_seconds",
+)  # fmt: skip
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -161,6 +165,7 @@ def test_second_signal_stops_at_once(scenes: Path, tmp_path: Path) -> None:
     def impatient(kind: str, figures: dict[str, Any]) -> None:
         if kind == "step":
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.1)
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
@@ -169,9 +174,21 @@ def test_second_signal_stops_at_once(scenes: Path, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) == before, "handlers are put back"
 
 
+def test_signals_at_once_are_one_wish(scenes: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches a launcher and its processes, and the launcher hands it on."""
+
+    def twice(kind: str, figures: dict[str, Any]) -> None:
+        if kind == "step":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="stopped at step 1"):
+        train(scene_recipe(scenes, tmp_path / "run"), watch=twice)
+
+
 def test_loss_that_is_not_finite_ends_the_run(scenes: Path, tmp_path: Path) -> None:
-    recipe = scene_recipe(scenes, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_steps=0")
-    with pytest.raises(MplugError, match="loss is not finite at step"):
+    recipe = scene_recipe(scenes, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_steps=0", "run.max_skipped=3")
+    with pytest.raises(MplugError, match="loss is not finite: 3 steps in a row"):
         train(recipe)
 
 
@@ -316,11 +333,6 @@ def test_options_of_an_evaluation_are_checked_before_training(scenes: Path, tmp_
     evaluate = {"val": {"path": str(scenes), "split": "train", "tasks": ["vqa"], "options": {"candidate": 3}}}
     with pytest.raises(RecipeError, match="evaluate.val.options: candidate"):
         Trainer(scene_recipe(scenes, tmp_path / "run", evaluate=evaluate), lambda *a: None)
-
-
-def test_batches_of_progress() -> None:
-    begin = {"stage": 0, "step": 0, "total": 0, "seconds": 0.0, "counts": {}}
-    assert vars(Progress()) == begin | {"scores": {}, "scores_at": 0, "best": {}, "best_at": 0, "stale": 0}
 
 
 def launch(

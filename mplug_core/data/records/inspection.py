@@ -131,7 +131,7 @@ def _view(
     records: list[Record] = []
     faults: list[str] = []
     for name, source in found.items():
-        if not asked and not _claims(kind, source):
+        if not asked and not claims(kind, source):
             continue
         try:
             reading = Reading(source, images)
@@ -153,7 +153,7 @@ def _view(
     return _summary(task, kind, splits, records, faults)
 
 
-def _claims(kind: str, source: Source) -> bool:
+def claims(kind: str, source: Source) -> bool:
     """Whether a file in the own format has records of this kind: by the name of the text's field."""
     if source.layout.name not in ("jsonl", "json"):
         return True
@@ -200,7 +200,7 @@ def _summary(task: str, kind: str, splits: list[SplitView], records: list[Any], 
         texts = getattr(record, _TEXTS.get(kind, "hypothesis"))
         lengths += [len(text.split()) for text in ((texts,) if isinstance(texts, str) else texts)]
     words = {"shortest": min(lengths), "mean": round(sum(lengths) / len(lengths), 1), "longest": max(lengths)}
-    examples = [_example(record) for record in records[:_EXAMPLES]]
+    examples = [example_of(record) for record in records[:_EXAMPLES]]
     return TaskView(
         task, kind, splits, dict(counts.most_common(_SHOWN)), len(counts), words, examples, faults
     )  # fmt: skip
@@ -219,7 +219,7 @@ def _values(kind: str, record: Any) -> tuple[str, ...]:
     return (str(record.label).lower(),)
 
 
-def _example(record: Any) -> dict[str, Any]:
+def example_of(record: Any) -> dict[str, Any]:
     """The fields that are not empty, as JSON can have them."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: _plain(value) for name, value in values.items() if value not in ("", (), None)}

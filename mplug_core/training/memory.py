@@ -1,0 +1,158 @@
+"""Memory of a training step per device: weights, optimizer, gradients, teacher, activations, by engine and ZeRO stage.
+
+Activations are traced (see :mod:`tracing`); what an engine adds is known from what it allocates, and held against
+measurements by ``benchmarks/memory.py``. The peak of a step is the larger of two moments: somewhere in the backward
+pass, or in the optimizer's step, when activations are gone and all gradients are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from mplug_core.recipe import EngineSection, StageSection
+from mplug_core.training.flops import trace_step
+from mplug_core.training.optimizer import parameter_groups
+from mplug_core.training.tracing import Trace
+from mplug_core.training.workload import Workbench, build_parts
+
+CUDA_CONTEXT = 0.6e9
+"""What CUDA and its libraries take for themselves on a GPU."""
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: trained, in the largest group of the optimizer, in all, of the teacher and of the average
+    of the weights; and the queue's bytes."""
+
+    trained: int
+    largest_group: int
+    all: int
+    teacher: int
+    average: int
+    queue_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, and on the host what is offloaded there.
+
+    ``activations`` is the peak of what forward and backward hold beside the complete gradients; ``buffers`` what the
+    engine holds beside the others at the peak; ``total`` is that of the larger moment, so less than the sum of all.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    teacher: float
+    activations: float
+    buffers: float
+    total: float
+    host: float = 0.0
+
+    def as_object(self) -> dict[str, int]:
+        return {name: round(value) for name, value in asdict(self).items()}
+
+
+def count_sizes(bench: Workbench, stage: StageSection) -> Sizes:
+    """What a stage trains and holds."""
+    with torch.device("meta"):
+        parts = build_parts(bench, stage, bench.objectives_of(stage))
+    groups = parameter_groups(parts.step, bench.recipe.optimizer)
+    numbers = [sum(p.numel() for p in group["params"]) for group in groups]
+    total = sum(p.numel() for p in parts.step.parameters())
+    queue = 0 if parts.queue is None else sum(b.numel() * b.element_size() for b in parts.queue.buffers())
+    teacher = 0 if parts.teacher is None else sum(p.numel() for p in parts.teacher.parameters())
+    model = sum(p.numel() for p in parts.step.model.parameters())
+    return Sizes(sum(numbers), max(numbers, default=0), total, teacher, model * bool(bench.recipe.run.average), queue)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Traced steps at two sizes of the batch, from which any other follows.
+
+    ``saved`` and ``peak`` are bytes (see :class:`Trace`) at ``scales`` times the recipe's batch.
+    """
+
+    scales: tuple[float, float]
+    traces: tuple[Trace, Trace]
+
+    @classmethod
+    def of(cls, bench: Workbench, stage: StageSection, device: str, grad_bytes: int) -> Activations:
+        """Two traces, of half and of the whole batch: what a step keeps grows in proportion, but for the constant part."""
+        sections = bench.recipe.data.sources
+        whole = {name: sections[name].batch_size for name in bench.sources_of(stage)}
+        half = {name: max(2, size // 2) for name, size in whole.items()}
+        made = [trace_step(bench, stage, sizes, device=device, grad_bytes=grad_bytes) for sizes in (half, whole)]
+        return cls((sum(half.values()) / sum(whole.values()), 1.0), tuple(made))
+
+    def at(self, scale: float) -> float:
+        """Peak bytes at ``scale`` times the batch."""
+        (x0, x1), (y0, y1) = self.scales, (trace.peak for trace in self.traces)
+        slope = (y1 - y0) / (x1 - x0) if x1 > x0 else y1 / x1
+        return max(0.0, y1 + slope * (scale - x1))
+
+
+def gradient_bytes(engine: EngineSection) -> int:
+    """Bytes of an element of a complete gradient while the backward pass goes on; 0: as autograd made it."""
+    if engine.name == "plain" or engine.zero_stage == 0 or engine.precision == "fp32":
+        return 0
+    return FP32 if engine.zero_stage == 1 else 2
+
+
+def estimate_memory(
+    bench: Workbench,
+    stage: StageSection,
+    engine: EngineSection,
+    processes: int = 1,
+    device: str = "cpu",
+    *,
+    scale: float = 1.0,
+    activations: Activations | None = None,
+    sizes: Sizes | None = None,
+) -> Memory:
+    """Memory of each of ``processes`` devices (``cpu`` or ``cuda``) at ``scale`` times the recipe's batch."""
+    sizes = sizes or count_sizes(bench, stage)
+    activations = activations or Activations.of(bench, stage, device, gradient_bytes(engine))
+    element = 2 if engine.precision == "bf16" else FP32
+    zero = engine.zero_stage if engine.name == "deepspeed" else 0
+    share = 1 / processes if zero else 1.0
+    low = element < FP32
+    weights = float(element * sizes.all)
+    if zero == 3:
+        # each process keeps its part; a layer is whole while it is computed, and small parameters always
+        weights = weights * share
+    masters = FP32 * sizes.trained * share if low or zero else 0.0
+    moments = 2 * FP32 * sizes.trained * share
+    teacher = float(FP32 * (sizes.teacher + sizes.average) + sizes.queue_bytes)
+    backward = activations.at(scale)
+    kept, at_backward, at_step = _gradients(sizes, engine, processes)
+    step_work = FP32 * sizes.largest_group * share
+    peak = max(backward + at_backward, kept + at_step + step_work)
+    host = 0.0
+    if engine.offload != "none" and zero:
+        host = masters + moments
+        masters = moments = 0.0
+        peak = max(backward + at_backward, kept + at_step)
+    if engine.offload == "parameters" and zero == 3:
+        host, weights = host + weights, 0.0
+    resting = weights + masters + moments + teacher
+    if device != "cpu":
+        resting += CUDA_CONTEXT
+    gradients = float(kept)
+    return Memory(
+        weights=weights, optimizer=masters + moments, gradients=gradients, teacher=teacher,
+        activations=max(0.0, backward - gradients), buffers=max(0.0, peak - max(backward, gradients)),
+        total=resting + peak, host=host,
+    )  # fmt: skip
+
+
+def _gradients(sizes: Sizes, engine: EngineSection, processes: int) -> tuple[float, float, float]:
+    """Bytes of the complete gradients, and what the engine holds beside them at the end of the backward pass and in the
+    optimizer's step."""
+    trained, low = sizes.trained, engine.precision == "bf16"
+    if engine.name == "plain" or engine.zero_stage == 0:
+        return FP32 * trained, 0.0, 0.0
+    return FP32 * trained, 0.0, 0.0

@@ -1,0 +1,305 @@
+"""What a step of a recipe works on, with or without its data: batches whose ids are real and whose pixels are not.
+
+Where records are at hand they are drawn and encoded as in training. Where not, invented ones take their place, with
+texts about as long as the longest of a batch usually is, since a batch is padded to that.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mplug_core.data.batches import Batch, Source
+from mplug_core.data.placement import WHOLE
+from mplug_core.data.records.types import (
+    CaptionRecord,
+    EntailmentRecord,
+    PhraseRecord,
+    QuestionRecord,
+    StatementRecord,
+)
+from mplug_core.data.scenes import sample_scene
+from mplug_core.data.text import SPECIAL_TOKENS, Tokenizer
+from mplug_core.model.config import MplugConfig
+from mplug_core.model.mplug import Mplug
+from mplug_core.model.teacher import FeatureQueue, Teacher
+from mplug_core.objectives.self_critical import log_probabilities
+from mplug_core.recipe import Recipe, SourceSection, StageSection
+from mplug_core.tasks.caption import CaptionReward, CaptionTask, forbidden_tokens
+from mplug_core.tasks.patches import PatchTask, SceneImage
+from mplug_core.tasks.registry import TASKS
+from mplug_core.tasks.task import Context, Texts
+from mplug_core.training.stand_in import StandIn
+from mplug_core.training.step import TrainStep
+
+WORDS = {"caption": 24, "question": 14, "answer": 3, "phrase": 8, "statement": 30, "hypothesis": 16}
+"""Words of the longest text of a batch where there are no data to look at: COCO's captions, VQA v2's questions, and
+so on."""
+
+
+def stand_in_tokenizer(config: MplugConfig) -> Tokenizer:
+    """A vocabulary of the model's size whose words mean nothing, for a model whose own is not known yet."""
+    boxes = [f"[box_{k}]" for k in range(config.box_bins)]
+    words = config.vocab_size - len(SPECIAL_TOKENS) - len(boxes)
+    return Tokenizer([*SPECIAL_TOKENS, *(f"w{k}" for k in range(max(words, 1))), *boxes])
+
+
+def invented_records(section: SourceSection, task: str, images: int) -> list[Any]:
+    """Records of a task on ``images`` images, with texts of the lengths in :data:`WORDS`."""
+
+    def text(kind: str, number: int) -> str:
+        return " ".join(f"w{(number * 31 + k) % 97}" for k in range(WORDS[kind]))
+
+    places = [None if section.text_only else Path(f"{k}.jpg") for k in range(images)]
+    each = range(max(1, -(-int(section.tasks.get(task, 1) * 100) // 100)))
+    if task in ("pretrain", "caption", "retrieval"):
+        return [CaptionRecord(place, (text("caption", k),), str(k)) for k, place in enumerate(places)]
+    if task == "vqa":
+        return [
+            QuestionRecord(place, text("question", k + q), (text("answer", k),), (1.0,), "", f"{k}/{q}")
+            for k, place in enumerate(places)
+            for q in each
+        ]
+    if task == "grounding":
+        return [
+            PhraseRecord(place, text("phrase", k + q), (0.2, 0.2, 0.6, 0.6)) for k, place in enumerate(places) for q in each
+        ]
+    if task == "statements":
+        pairs = zip(places[::2], places[1::2], strict=True)
+        return [
+            StatementRecord(pair, text("statement", k + q), True, f"{k}/{q}") for k, pair in enumerate(pairs) for q in each
+        ]
+    if task == "entailment":
+        return [
+            EntailmentRecord(place, text("hypothesis", k + q), "neutral") for k, place in enumerate(places) for q in each
+        ]
+    return [SceneImage(place, sample_scene(0, "train", k)) for k, place in enumerate(places)]
+
+
+def invented_source(name: str, section: SourceSection, config: MplugConfig, texts: Texts, tasks: Mapping[str, Any]) -> Source:
+    """A source of invented records, enough for a batch."""
+    images = 2 * section.batch_size + section.batch_size % 2
+    records = {task: invented_records(section, task, images) for task in section.tasks}
+    section = section.model_copy(update={"limit": None})
+    return Source(name, section, records, config.vision, encoders_of(section, tasks, texts))
+
+
+def encoders_of(section: SourceSection, tasks: Mapping[str, Any], texts: Texts) -> dict[str, Any]:
+    """How a source's records become blocks, by task."""
+
+    def encoder(task: str) -> Any:
+        return lambda drawn, rng: tasks[task].encode(drawn, rng, texts)
+
+    return {task: encoder(task) for task in section.tasks}
+
+
+class Unread:
+    """A source whose batches are drawn and encoded as in training, but no picture is opened.
+
+    ``pixels``, ``features`` and ``stand_in`` of its batches have the right shape and no content.
+    """
+
+    def __init__(self, source: Source, config: MplugConfig, cells: int, channels: int) -> None:
+        """``cells`` and ``channels`` of the visual encoder's output, which frozen encoders give once per image."""
+        self.source = copy.copy(source)
+        self.size = config.vision.image_size
+        self.source.load = lambda image, rng: (torch.empty(3, self.size, self.size, device="meta"), WHOLE)
+        section, images = source.section, len(source.images)
+        if section.cached_views and not section.text_only:
+            self.source.features = _zeros((1, images, cells, channels), np.float16)
+            self.source.placements = np.broadcast_to(np.array([1.0, 1.0, 0.0, 0.0]), (1, images, 4))
+            self.source.aligned = None
+        if section.text_only:
+            self.source.aligned = _zeros((1, images, config.embed_dim), np.float32)
+
+    def batch(self, size: int, seed: int = 0) -> Batch:
+        """A batch of about ``size`` images."""
+        groups = max(1, size // self.source.per_group)
+        rng = random.Random(seed)
+        order = list(range(len(self.source.groups)))
+        rng.shuffle(order)
+        chosen = [order[k % len(order)] for k in range(groups)]
+        images = [image for k in chosen for image in self.source.groups[k]]
+        return self.source.batch(images, rng)
+
+
+def _zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Zeros that take no memory."""
+    return np.broadcast_to(np.zeros((), dtype), tuple(shape))
+
+
+def teacher_parts(model: Mplug, objectives: Mapping[str, float], alpha: float) -> set[str]:
+    """Names of the model's parts that the teacher's targets of these objectives come from."""
+    parts = {"visual", "visual_projection", "image_projection", "summary", "text", "text_projection"}
+    if objectives.get("mlm") and alpha > 0:
+        parts |= {"fusion", "masked_head"}
+    if objectives.get("answer") and alpha > 0:
+        parts |= {"fusion", "decoder"}
+    return parts & {name for name, _ in model.named_children()}
+
+
+class _WrittenCaptions(CaptionTask):
+    """Captioning whose captions to reward are not searched for, which depends on weights, but taken as longest ones."""
+
+    def _self_critical(self, model: Mplug, memory: Tensor, mask: Tensor, references: Any, context: Context) -> Tensor:
+        settings, tokenizer = context.self_critical, self.reward.tokenizer
+        written = [[[tokenizer.unk_id] * settings.max_tokens] * settings.captions for _ in range(len(memory))]
+        known = {"start": tokenizer.cls_id, "end": tokenizer.sep_id, "forbidden": forbidden_tokens(tokenizer)}
+        with torch.no_grad():  # the search sees as many tokens as the loss
+            log_probabilities(model.decoder, memory.detach(), mask, written, **known)
+            if settings.variant == "sample":
+                greedy = [row[:1] for row in written]
+                log_probabilities(model.decoder, memory.detach(), mask, greedy, **known)
+        scores, lengths = log_probabilities(model.decoder, memory, mask, written, **known)
+        return -scores.sum() / lengths.sum()
+
+
+@dataclass
+class Workbench:
+    """A recipe's model without weights, its tasks and its sources, to trace steps on.
+
+    ``known`` are the names of the sources whose records were there; the others are invented.
+    """
+
+    recipe: Recipe
+    config: MplugConfig
+    tokenizer: Tokenizer
+    sources: dict[str, Source]
+    known: frozenset[str]
+    seen: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        config: MplugConfig,
+        tokenizer: Tokenizer | None = None,
+        sources: Mapping[str, Source] | Sequence[Source] = (),
+    ) -> Workbench:
+        """``tokenizer`` and ``sources`` as far as they are there."""
+        given = dict(sources) if isinstance(sources, Mapping) else {source.name: source for source in sources}
+        tokenizer = tokenizer or stand_in_tokenizer(config)
+        bench = cls(recipe, config, tokenizer, {}, frozenset(given))
+        for name, section in recipe.data.sources.items():
+            bench.sources[name] = given.get(name) or invented_source(name, section, config, bench.texts, bench.tasks)
+        return bench
+
+    @property
+    def texts(self) -> Texts:
+        longest = min(self.recipe.data.max_text, self.config.max_positions)
+        return Texts(self.tokenizer, longest, self.recipe.data.max_answers)
+
+    @property
+    def model(self) -> Mplug:
+        """The model on the meta device."""
+        if not hasattr(self, "_model"):
+            with torch.device("meta"):
+                self._model = Mplug(self.config)
+        return self._model
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        if not hasattr(self, "_tasks"):
+            caption = _WrittenCaptions()
+            caption.reward = CaptionReward(self.tokenizer) if "self_critical" in self.recipe.wanted() else None
+            with torch.device("meta"):
+                patches = PatchTask(self.config, self.model.visual.grid[0])
+            self._tasks = {**TASKS, "caption": caption, "patches": patches}
+        return self._tasks
+
+    @property
+    def stages(self) -> list[StageSection]:
+        return self.recipe.stages or [StageSection(name="train")]
+
+    def objectives_of(self, stage: StageSection) -> dict[str, float]:
+        return {k: v for k, v in (stage.objectives or self.recipe.objectives).items() if v > 0}
+
+    def sources_of(self, stage: StageSection) -> list[str]:
+        return list(stage.sources or self.sources)
+
+    def frozen_of(self, stage: StageSection) -> set[str]:
+        return set(self.recipe.freeze if stage.freeze is None else stage.freeze)
+
+    def unread(self, name: str) -> Unread:
+        """A source whose pictures are not opened."""
+        visual = self.model.visual
+        cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
+        return Unread(self.sources[name], self.config, cells, visual.width)
+
+@dataclass
+class StepParts:
+    """The modules of a step, on whatever device they are made on."""
+
+    step: TrainStep
+    teacher: Teacher | None
+    queue: FeatureQueue | None
+
+
+def build_parts(bench: Workbench, stage: StageSection, objectives: Mapping[str, float]) -> StepParts:
+    """The modules of a step of ``stage`` with ``objectives``, frozen as the stage says; weights are random or, on the
+    meta device, none."""
+    recipe, config = bench.recipe, bench.config
+    model = Mplug(config)
+    model.set_checkpointing(recipe.engine.checkpointing)
+    tasks = bench.tasks | {"patches": PatchTask(config, model.visual.grid[0])}
+    settings = recipe.teacher
+    distilled = settings.alpha > 0 and any(objectives.get(name) for name in ("itc", "mlm", "answer"))
+    queued = settings.queue_size > 0 and bool(objectives.get("itc"))
+    teacher = None
+    if distilled or queued:
+        teacher = Teacher(model, settings.momentum, teacher_parts(model, objectives, settings.alpha))
+    queue = FeatureQueue(settings.queue_size, config.embed_dim) if queued else None
+    step = TrainStep(model, tasks, StandIn(config.embed_dim) if config.summary_tokens else None).train()
+    named = dict(model.named_children()) | dict(model.named_parameters(recurse=False))
+    for name in bench.frozen_of(stage) & named.keys():
+        named[name].requires_grad_(False)
+        if name == "visual":
+            model.visual.eval()
+    return StepParts(step, teacher, queue)
+
+
+def build_context(
+    recipe: Recipe,
+    batch: Batch,
+    objectives: Mapping[str, float],
+    parts: StepParts,
+    autocast: Callable[[], AbstractContextManager],
+) -> Context:
+    """What the losses of a batch see, in one process and with a teacher that is listened to."""
+    section = recipe.data.sources[batch.source]
+    imagined = batch.stand_in is not None
+    encoded: list[Any] = []
+
+    def teacher_images() -> Any:
+        if not encoded:
+            with torch.no_grad(), autocast():
+                model = parts.teacher.model
+                if batch.pixels is not None:
+                    encoded.append(model.encode_image(batch.pixels))
+                else:
+                    encoded.append(model.encode_features(batch.features, batch.aligned))
+        return encoded[0]
+
+    return Context(
+        alpha=0.0 if imagined or parts.teacher is None else recipe.teacher.alpha,
+        label_smoothing=recipe.label_smoothing,
+        weights=dict(objectives),
+        source_weight=section.weight,
+        grid_dropout=section.grid_dropout,
+        teacher=None if imagined else parts.teacher,
+        teacher_images=teacher_images,
+        queue=parts.queue,
+        image_ids=None if imagined else batch.image_ids,
+        generator=torch.Generator().manual_seed(0),
+        autocast=autocast,
+        self_critical=recipe.self_critical,
+    )

@@ -1,0 +1,84 @@
+"""Going on: the same recipe, the same global batch, the same random states, a log without what is computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mplug_core.errors import CheckpointError
+from mplug_core.training.distributed import World
+from mplug_core.training.resume import refuse_other_recipe, restore_random, save_random, share_lots
+
+ALONE = World(0, 1, 0)
+
+
+def test_every_difference_is_told_and_counted() -> None:
+    old = {"seed": 0, "stages": [{"name": "a", "steps": 3}, {"name": "b"}], "objectives": {"itc": 1.0}}
+    new = {**old, "stages": [{"name": "a", "steps": 4}, {"name": "b"}], "objectives": {"itc": 1.0, "mlm": 0.5}}
+    with pytest.raises(CheckpointError) as caught:
+        refuse_other_recipe(old, new, Path("r"))
+    assert "(objectives.mlm: None -> 0.5, stages.0.steps: 3 -> 4)" in caught.value.message
+    many = {f"key{i:02d}": i for i in range(14)}
+    with pytest.raises(CheckpointError, match=r"key09: 9 -> None and 4 more\)"):
+        refuse_other_recipe(many, {}, Path("r"))
+    with pytest.raises(CheckpointError, match=r"text: x{57}\.\.\. -> y"):
+        refuse_other_recipe({"text": "x" * 90}, {"text": "y"}, Path("r"))
+
+
+def test_how_it_is_computed_may_change_and_is_told() -> None:
+    engine = {"name": "plain", "zero_stage": 2, "accumulate": 1, "checkpointing": [], "offload": "none", "threads": 1}
+    other = {"name": "deepspeed", "zero_stage": 3, "accumulate": 4, "checkpointing": ["text"], "offload": "optimizer"}
+    old = {"engine": {**engine, "precision": "bf16"}, "run": {"keep": 1}, "evaluate": {"val": {"limit": 3}}}
+    new = {"engine": {**other, "precision": "bf16", "threads": None}, "run": {"keep": 5}, "evaluate": {}}
+    told = refuse_other_recipe(old, {**new, "data": {"root": "there", "workers": 3}}, Path("r"))
+    assert [line.split(":")[0] for line in told] == [
+        "data.root", "engine.checkpointing", "engine.name", "engine.offload", "engine.threads", "engine.zero_stage",
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"engine\.precision: bf16 -> fp32"):
+        refuse_other_recipe(old, {"engine": {**engine, "precision": "fp32"}}, Path("r"))
+
+
+def test_recipe_of_before_a_field_came_is_the_same() -> None:
+    from mplug_core.recipe import Recipe
+
+    new = Recipe(name="r").model_dump(mode="json")
+    old = {**new, "run": {}, "optimizer": {k: v for k, v in new["optimizer"].items() if k != "clip"}}
+    assert refuse_other_recipe(old, new, Path("r")) == []
+
+
+@pytest.mark.parametrize(
+    ("lots", "world", "parts", "pieces"),
+    [(8, 1, 8, 1), (8, 2, 4, 1), (8, 8, 1, 1), (3, 3, 1, 1), (1, 2, 1, 2), (2, 8, 1, 4), (3, 2, 3, 2), (6, 4, 3, 2)],
+)
+def test_global_batch_is_shared(lots: int, world: int, parts: int, pieces: int) -> None:
+    assert share_lots(lots, world, [16, 4]) == (parts, pieces)
+
+
+@pytest.mark.parametrize(("lots", "world", "able"), [(8, 3, "1, 2, 4, 8"), (1, 32, "1"), (6, 5, "1, 2, 3, 6")])
+def test_numbers_that_cannot_share_it(lots: int, world: int, able: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{world} processes can't share .*start {able} processes"):
+        share_lots(lots, world, [16, 4])
+
+
+def test_random_states(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    save_random(tmp_path, ALONE)
+    want = torch.rand(4)
+    torch.manual_seed(99)
+    restore_random(tmp_path, ALONE, seed=0, step=5)
+    assert torch.equal(torch.rand(4), want)
+    drawn = []
+    for rank, step in ((1, 5), (1, 5), (2, 5), (1, 6)):
+        restore_random(tmp_path, World(rank, 3, rank), seed=0, step=step)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not any(torch.equal(drawn[0], other) for other in (*drawn[2:], want))
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x04\x95."])
+def test_damaged_random_states(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "random-00000.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        restore_random(tmp_path, ALONE, seed=0, step=5)
