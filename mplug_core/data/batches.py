@@ -42,7 +42,8 @@ class Batch:
     One of ``pixels`` [B, 3, S, S], ``features`` [B, N, C] (of the frozen backbone, computed before) and ``stand_in``
     [B, E] (text features that stand in for images) is there; ``aligned`` [B, E] are contrastive features known before.
     ``image_ids`` [B] are equal only for the same image. ``blocks``: what each task's encoder made; ``bad``: images
-    that could not be read.
+    that could not be read. Blocks named in ``weightless`` are not of these images: another process has records of the
+    task here, and what they teach nobody is computed so that all processes run the same modules.
     """
 
     source: str
@@ -53,6 +54,14 @@ class Batch:
     aligned: Tensor | None = None
     blocks: dict[str, Block] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    weightless: frozenset[str] = frozenset()
+
+    def add_weightless(self, task: str, block: Block, order: Sequence[str]) -> None:
+        """Take a block of other images in the place of one that there is not; ``order``: of the tasks."""
+        # rows of images that are here, whichever: the loss has no weight
+        self.blocks[task] = {**block, "image": block["image"] % len(self.image_ids)}
+        self.blocks = {name: self.blocks[name] for name in order if name in self.blocks}
+        self.weightless |= {task}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On a device; pixels and features as ``dtype``."""

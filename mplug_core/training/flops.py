@@ -109,3 +109,112 @@ def take_gradients(mode: ShapeMode, step: TrainStep, grad_bytes: int) -> None:
     for parameter in step.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(take)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of an image in a step of a stage, by kind (see :class:`Trace`), and ``alone`` of steps with one objective.
+
+    ``images`` of all sources a step of one process takes, before accumulation.
+    """
+
+    images: int
+    by_kind: dict[str, float]
+    alone: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def per_image(self) -> float:
+        """All that the device computes, recomputation for checkpointing included."""
+        return sum(self.by_kind.values())
+
+    @property
+    def useful_per_image(self) -> float:
+        """Without recomputation: what model FLOPs utilisation (MFU) counts."""
+        return self.per_image - self.by_kind.get("recomputed", 0.0)
+
+
+def step_flops(bench: Workbench, stage: StageSection, each_objective: bool = False) -> StepFlops:
+    """Traced on the stage's own batch; of like sources one is traced, at most ``TRACED_IMAGES`` of it."""
+    images, by_kind = _counted(bench, stage, None)
+    alone: dict[str, float] = {}
+    if each_objective:
+        for name, weight in bench.objectives_of(stage).items():
+            alone[name] = sum(_counted(bench, stage, {name: weight})[1].values())
+    return StepFlops(images, by_kind, alone)
+
+
+TRACED_IMAGES = 16
+"""Most images of a source that FLOPs are counted on: from there on they grow in proportion."""
+
+
+def _counted(
+    bench: Workbench, stage: StageSection, objectives: Mapping[str, float] | None
+) -> tuple[int, dict[str, float]]:
+    sections = bench.recipe.data.sources
+    found: dict[Any, dict[str, float]] = {}
+    by_kind: dict[str, float] = {}
+    total = sum(sections[name].batch_size for name in bench.sources_of(stage))
+    for name in bench.sources_of(stage):
+        section = sections[name]
+        alike = bench.likeness(name)
+        if alike not in found:
+            size = min(section.batch_size, TRACED_IMAGES)
+            batch = bench.unread(name).batch(size)
+            trace = trace_step(bench, stage, {name: size}, objectives=objectives)
+            found[alike] = {kind: count / len(batch.image_ids) for kind, count in trace.flops.items()}
+        for kind, count in found[alike].items():
+            by_kind[kind] = by_kind.get(kind, 0.0) + count * section.batch_size / total
+    return total, by_kind
+
+
+def training_flops_per_image(
+    recipe: Recipe,
+    config: MplugConfig,
+    stage: StageSection | None = None,
+    tokenizer: Tokenizer | None = None,
+    sources: Mapping[str, Source] | Sequence[Source] = (),
+) -> float | None:
+    """FLOPs of forward, backward and teacher of one image in a stage (default: the first), without recomputation.
+
+    Tokens are counted on the records of ``sources``, as far as given, else on invented ones. None where it can't be
+    told: this never fails a run.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            bench = Workbench.of(recipe, config, tokenizer, sources)
+            return step_flops(bench, stage or bench.stages[0]).useful_per_image
+    except Exception:  # a figure for the log is not worth a run
+        return None
+
+
+def peak_flops(device: str | torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device: a name of :data:`DEVICE_FLOPS`, ``cuda`` or ``cuda:N`` (by its name), or ``cpu``,
+    which is measured (a fifth of a second). None for a device that isn't known."""
+    name = str(device).lower()
+    if name == "cpu":
+        return measured_flops(precision)
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return None
+        name = torch.cuda.get_device_name(device).lower()
+    for known, figures in DEVICE_FLOPS.items():
+        if known in name:
+            return figures[precision]
+    return None
+
+
+@cache
+def measured_flops(precision: str, size: int = 1024) -> float:
+    """FLOP/s of matrix products of this CPU, with as many threads as PyTorch has now; the best of several."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + 0.2
+    with torch.inference_mode():
+        left @ right
+        while True:
+            began = time.perf_counter()
+            left @ right
+            best = min(best, time.perf_counter() - began)
+            if time.perf_counter() > until:
+                return 2 * size**3 / best

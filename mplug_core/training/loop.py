@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mplug_core.data.batches import Batch, Lots, Source, lost_worker
+from mplug_core.data.batches import Batch, Block, Lots, Source, lost_worker
 from mplug_core.errors import DataError, MplugError, Preempted, RecipeError
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import alpha_ramp
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 NAMED = 20
 """Bad images that are named; further ones are counted."""
+SEARCHED = 64
+"""Lots that are searched for records of a task that some process's lot has none of."""
 LOST = ("onnection closed by peer", "onnection reset", "Broken pipe", "gloo", "NCCL", "Socket")
 """Words of torch's errors about a lost process."""
 
@@ -107,6 +109,7 @@ class StageLoop:
         self.log: dict[str, list[float]] = {}
         self.counts: dict[str, int] = {}
         self.images = self.tokens = 0.0
+        self.examples: dict[tuple[str, str], Block | None] = {}
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -215,10 +218,11 @@ class StageLoop:
         return f"the last good checkpoint is {found}" if found is not None else "no checkpoint was written yet"
 
     def _next(self, loader: Iterator[list[Batch]], micro: int) -> list[Batch]:
-        """The next batches, reduced to what those of all processes have.
+        """The next batches, with blocks of the same tasks on all processes.
 
-        Every process has to run the same modules in each step, or they would wait for each other: records of a task of
-        which another process drew none take no part. What has been learned is saved before an end for want of data.
+        Every process has to run the same modules in each step, or they would wait for each other: where one drew no
+        records of a task that another has, some stand in for them, with no weight. What has been learned is saved
+        before an end for want of data.
         """
         failure: DataError | None = None
         batches: list[Batch] = []
@@ -250,12 +254,37 @@ class StageLoop:
             if micro == 0 and self.progress.step:
                 self._save()
             raise
-        everywhere = {slot for slot, number in zip(slots, present, strict=True) if number == self.world.size}
+        for slot, number in zip(slots, present, strict=True):
+            if 0 < number < self.world.size:
+                self._level(batches, *slot)
+        return [batch for batch in batches if batch.blocks]
+
+    def _level(self, batches: list[Batch], name: str, task: str) -> None:
+        """Give the processes that have no block of a source's task one that stands in; where none is found, no process
+        keeps its own (``left_out_blocks``)."""
+        example = self._example(name, task)
         for batch in batches:
-            for task in [task for task in batch.blocks if (batch.source, task) not in everywhere]:
+            if batch.source == name and example is None and task in batch.blocks:
                 del batch.blocks[task]
                 self._count("left_out_blocks", 1)
-        return [batch for batch in batches if batch.blocks]
+            elif batch.source == name and example is not None and task not in batch.blocks:
+                batch.add_weightless(task, example, list(self.recipe.data.sources[name].tasks))
+
+    def _example(self, name: str, task: str) -> Block | None:
+        """A block of a source's task, the same on all processes, which ask for it together; None if it has hardly any."""
+        if (name, task) not in self.examples:
+            found: Block | None = None
+            source = next(source for source in self.sources if source.name == name)
+            for lot in range(SEARCHED):
+                try:
+                    found = found or source.draw(self.recipe.seed, lot).blocks.get(task)
+                except DataError:
+                    continue
+                if found:
+                    break
+            everywhere = not self.world.any(found is None)
+            self.examples[name, task] = found if everywhere else None
+        return self.examples[name, task]
 
     def _note_bad(self, batches: list[Batch], bad: int) -> None:
         """Name what could not be read, at a bounded rate, and hold it against the budget."""
@@ -265,7 +294,8 @@ class StageLoop:
         self.progress.counts["bad_images"] = known + bad
         for line in [line for batch in batches for line in batch.bad][: max(0, NAMED - known)]:
             self.trainer.watch("note", {"level": "warning", "text": f"skipped image {line}"})
-        check_budget(known + bad, self.progress.images, self.recipe.data.max_bad_fraction)
+        # the images of the progress are those that could be read
+        check_budget(known + bad, self.progress.images + known + bad, self.recipe.data.max_bad_fraction)
 
     def _forward_backward(self, step: int, micro: int, batches: list[Batch]) -> float:
         """One part of a step; returns its loss, on this process."""

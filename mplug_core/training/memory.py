@@ -8,10 +8,12 @@ pass, or in the optimizer's step, when activations are gone and all gradients ar
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from mplug_core.recipe import EngineSection, StageSection
+from mplug_core.recipe import EngineSection, OptimizerSection, StageSection
+from mplug_core.training.engine import deepspeed_config
 from mplug_core.training.flops import trace_step
 from mplug_core.training.optimizer import parameter_groups
 from mplug_core.training.tracing import Trace
@@ -20,6 +22,8 @@ from mplug_core.training.workload import Workbench, build_parts
 CUDA_CONTEXT = 0.6e9
 """What CUDA and its libraries take for themselves on a GPU."""
 FP32 = 4
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's ``reduce_bucket_size`` where the configuration has none."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,7 @@ class Activations:
     @classmethod
     def of(cls, bench: Workbench, stage: StageSection, device: str, grad_bytes: int) -> Activations:
         """Two traces, of half and of the whole batch: what a step keeps grows in proportion, but for the constant part."""
-        sections = bench.recipe.data.sources
-        whole = {name: sections[name].batch_size for name in bench.sources_of(stage)}
+        whole = traced_sizes(bench, stage)
         half = {name: max(2, size // 2) for name, size in whole.items()}
         made = [trace_step(bench, stage, sizes, device=device, grad_bytes=grad_bytes) for sizes in (half, whole)]
         return cls((sum(half.values()) / sum(whole.values()), 1.0), tuple(made))
@@ -93,6 +96,22 @@ class Activations:
         (x0, x1), (y0, y1) = self.scales, (trace.peak for trace in self.traces)
         slope = (y1 - y0) / (x1 - x0) if x1 > x0 else y1 / x1
         return max(0.0, y1 + slope * (scale - x1))
+
+
+def traced_sizes(bench: Workbench, stage: StageSection) -> dict[str, int]:
+    """Images of each source in a step. Of more than two alike, two stand for all: the largest, whose recomputation
+    needs most at once, and one with the images of the others."""
+    sections = bench.recipe.data.sources
+    groups: dict[Any, list[str]] = {}
+    for name in bench.sources_of(stage):
+        groups.setdefault(bench.likeness(name), []).append(name)
+    sizes: dict[str, int] = {}
+    for names in groups.values():
+        *others, largest = sorted(names, key=lambda name: sections[name].batch_size)
+        if others:
+            sizes[others[0]] = sum(sections[name].batch_size for name in others)
+        sizes[largest] = sections[largest].batch_size
+    return sizes
 
 
 def gradient_bytes(engine: EngineSection) -> int:
@@ -122,37 +141,62 @@ def estimate_memory(
     low = element < FP32
     weights = float(element * sizes.all)
     if zero == 3:
-        # each process keeps its part; a layer is whole while it is computed, and small parameters always
-        weights = weights * share
+        weights *= share  # a layer is whole only while it is computed
     masters = FP32 * sizes.trained * share if low or zero else 0.0
     moments = 2 * FP32 * sizes.trained * share
     teacher = float(FP32 * (sizes.teacher + sizes.average) + sizes.queue_bytes)
-    backward = activations.at(scale)
-    kept, at_backward, at_step = _gradients(sizes, engine, processes)
-    step_work = FP32 * sizes.largest_group * share
-    peak = max(backward + at_backward, kept + at_step + step_work)
+    engine_holds = _held_gradients(sizes, engine, share, device)
+    offloaded = engine.offload != "none" and zero > 0
+    # AdamW computes on all parameters of a group at once, and holds one tensor more of each
+    step_work = 0.0 if offloaded else FP32 * sizes.largest_group * share
+    forward_backward = activations.at(scale) + engine_holds.always
+    peak = max(forward_backward, engine_holds.after_backward, engine_holds.in_step + step_work)
     host = 0.0
-    if engine.offload != "none" and zero:
-        host = masters + moments
-        masters = moments = 0.0
-        peak = max(backward + at_backward, kept + at_step)
-    if engine.offload == "parameters" and zero == 3:
-        host, weights = host + weights, 0.0
-    resting = weights + masters + moments + teacher
-    if device != "cpu":
-        resting += CUDA_CONTEXT
-    gradients = float(kept)
+    if offloaded:
+        host, masters, moments = masters + moments + FP32 * sizes.trained * share, 0.0, 0.0
+        if engine.offload == "parameters" and zero == 3:
+            host, weights = host + weights, 0.0
+    context = 0.0 if device == "cpu" else CUDA_CONTEXT
+    gradients = min(engine_holds.in_step, peak)
     return Memory(
         weights=weights, optimizer=masters + moments, gradients=gradients, teacher=teacher,
-        activations=max(0.0, backward - gradients), buffers=max(0.0, peak - max(backward, gradients)),
-        total=resting + peak, host=host,
+        activations=min(activations.at(scale), peak), buffers=max(0.0, peak - max(gradients, activations.at(scale))),
+        total=weights + masters + moments + teacher + peak + context, host=host,
     )  # fmt: skip
 
 
-def _gradients(sizes: Sizes, engine: EngineSection, processes: int) -> tuple[float, float, float]:
-    """Bytes of the complete gradients, and what the engine holds beside them at the end of the backward pass and in the
-    optimizer's step."""
-    trained, low = sizes.trained, engine.precision == "bf16"
+@dataclass(frozen=True)
+class Held:
+    """Bytes that an engine holds of gradients: beside what is traced, when the backward pass ends, and in the step."""
+
+    always: float
+    after_backward: float
+    in_step: float
+
+
+def _held_gradients(sizes: Sizes, engine: EngineSection, share: float, device: str) -> Held:
+    trained, group = sizes.trained, sizes.largest_group
+    element = 2 if engine.precision == "bf16" else FP32
     if engine.name == "plain" or engine.zero_stage == 0:
-        return FP32 * trained, 0.0, 0.0
-    return FP32 * trained, 0.0, 0.0
+        return Held(0.0, FP32 * trained, FP32 * trained)
+    bucket = reduce_bucket(engine)
+    if device == "cpu":
+        bucket = min(bucket, trained)  # the rest of it is never touched
+    partition = FP32 * trained * share
+    accumulated = FP32 * trained if engine.accumulate > 1 and engine.zero_stage == 2 else 0.0
+    if engine.zero_stage == 1:
+        # whole gradients in fp32, a bucket of them on their way to the others, and this process's part in one piece
+        whole = FP32 * trained
+        return Held(0.0, whole + FP32 * bucket + partition, whole + FP32 * group * share)
+    if engine.zero_stage == 2:
+        buffer = element * bucket
+        return Held(accumulated * share, buffer + partition, buffer + partition)
+    # its own part in the compute type, always there; the optimizer's step widens a group at a time
+    buffer = element * (bucket + trained * share)
+    return Held(element * trained * share, buffer, buffer + FP32 * group * share)
+
+
+def reduce_bucket(engine: EngineSection) -> int:
+    """Elements of gradients that DeepSpeed sends at once."""
+    zero = deepspeed_config(engine, OptimizerSection(), 1, 1)["zero_optimization"]
+    return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))

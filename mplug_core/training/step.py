@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mplug_core.data.batches import Batch
 from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.objectives.contrastive import EMPTY
 from mplug_core.tasks.task import Context
 from mplug_core.training.stand_in import StandIn
 
@@ -29,21 +31,25 @@ class TrainStep(nn.Module):
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum of the losses, and the losses by name (detached).
 
-        A loss that several sources give is their mean, weighted by images and by the source's ``weight``.
+        A loss that several sources give is their mean, weighted by images and by the source's ``weight``. Blocks that
+        stand in for what another process has are computed with no weight, and none of their losses is returned by name.
         """
         found: dict[str, list[tuple[float, Tensor]]] = {}
         for batch, context in zip(batches, contexts, strict=True):
             images = self.encode(batch, context)
             share = context.source_weight * len(batch.image_ids)
             for task, block in batch.blocks.items():
-                for name, loss in self.tasks[task].losses(self.model, images, block, context).items():
-                    found.setdefault(name, []).append((share, loss.float()))
+                has_no_weight = task in batch.weightless
+                here = without_ids(context) if has_no_weight else context
+                for name, loss in self.tasks[task].losses(self.model, images, block, here).items():
+                    found.setdefault(name, []).append((0.0 if has_no_weight else share, loss.float()))
         parts = {
-            name: sum(share * loss for share, loss in given) / sum(share for share, _ in given)
+            name: sum(share * loss for share, loss in given) / (sum(share for share, _ in given) or 1.0)
             for name, given in found.items()
         }
         total = sum(weights[name] * loss for name, loss in parts.items()) if parts else None
-        return total, {name: loss.detach() for name, loss in parts.items()}
+        learned = {name for name, given in found.items() if any(share for share, _ in given)}
+        return total, {name: loss.detach() for name, loss in parts.items() if name in learned}
 
     def encode(self, batch: Batch, context: Context) -> ImageEncoding:
         """The batch's images, or what stands in for them."""
@@ -57,3 +63,10 @@ class TrainStep(nn.Module):
             hidden = torch.rand(len(images), generator=context.generator) < context.grid_dropout
             images.mask[hidden.to(images.mask.device), self.model.config.summary_tokens :] = False
         return images
+
+
+def without_ids(context: Context) -> Context:
+    """For pairs that are none: their features are no keys for anybody, here or on other processes."""
+    if context.image_ids is None:
+        return context
+    return replace(context, image_ids=torch.full_like(context.image_ids, EMPTY))

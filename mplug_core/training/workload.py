@@ -187,6 +187,8 @@ class Workbench:
     ) -> Workbench:
         """``tokenizer`` and ``sources`` as far as they are there."""
         given = dict(sources) if isinstance(sources, Mapping) else {source.name: source for source in sources}
+        # what is streamed has no records at hand
+        given = {name: source for name, source in given.items() if type(source) is Source}
         tokenizer = tokenizer or stand_in_tokenizer(config)
         bench = cls(recipe, config, tokenizer, {}, frozenset(given))
         for name, section in recipe.data.sources.items():
@@ -228,6 +230,13 @@ class Workbench:
 
     def frozen_of(self, stage: StageSection) -> set[str]:
         return set(self.recipe.freeze if stage.freeze is None else stage.freeze)
+
+    def likeness(self, name: str) -> Any:
+        """Equal for sources whose images cost the same: invented ones of the same tasks."""
+        section = self.recipe.data.sources[name]
+        if name in self.known:
+            return name
+        return (tuple(section.tasks.items()), section.text_only, bool(section.cached_views))
 
     def unread(self, name: str) -> Unread:
         """A source whose pictures are not opened."""

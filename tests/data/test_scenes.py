@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mplug_cli.data import data
+from mplug_core.data.records import read_captions
 from mplug_core.data.scenes import (
     SPLITS,
     WORLD,
@@ -537,3 +538,10 @@ def test_failure_leaves_the_old_scenes(tmp_path: Path) -> None:
 def test_no_torch() -> None:
     code = "import sys, mplug_cli.data, mplug_core.data.scenes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_scene_and_records_name_an_image_alike(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the path is relative: patches and captions of one image are trained and scored together."""
+    monkeypatch.chdir(scenes.parent)
+    captions = {record.image for record in read_captions(scenes.name, "train")}
+    assert {image for image, _ in read_scenes(Path(scenes.name, "train", "scenes.jsonl"))} == captions

@@ -55,12 +55,13 @@ def no_number(calls: Sequence[int], where: str = "loss") -> None:
     _wrap(TrainStep, "forward", around)
 
 
-def slow_step(call: int, seconds: float) -> None:
-    """The model takes so long once."""
+def slow_step(call: int, seconds: float, mark: str) -> None:
+    """The model takes so long once, and a file ``mark`` says when it does."""
     from mplug_core.training.step import TrainStep
 
     def around(count: int, original: Callable[[], Any], *_: Any) -> Any:
         if count == call:
+            Path(mark).touch()
             time.sleep(seconds)
         return original()
 
@@ -117,18 +118,6 @@ def failing_evaluation(call: int) -> None:
     def around(count: int, original: Callable[[], Any], *_: Any) -> Any:
         if count == call:
             raise ZeroDivisionError("no caption has a word")
-        return original()
-
-    _wrap(Trainer, "evaluate", around)
-
-
-def slow_evaluation(call: int, seconds: float) -> None:
-    """An evaluation takes so long."""
-    from mplug_core.training.trainer import Trainer
-
-    def around(count: int, original: Callable[[], Any], *_: Any) -> Any:
-        if count == call:
-            time.sleep(seconds)
         return original()
 
     _wrap(Trainer, "evaluate", around)

@@ -219,9 +219,12 @@ def serve() -> int:
 
     import mplug_cli.app
     import mplug_core.training.trainer  # noqa: F401
-    from mplug_core.training.engine import import_deepspeed  # noqa: F401
+    from tests.small import small_model
 
     torch.set_num_threads(1)
+    small_model()  # what is imported only when it is first needed, for all at once
+    with torch.device("meta"):
+        small_model()
     children: set[int] = set()
     for line in sys.stdin:
         command = json.loads(line)

@@ -194,10 +194,11 @@ def read_scenes(path: str | Path) -> list[tuple[Path, Scene]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"can't read {path}", hint="make it with: mplug data scenes OUT --n N") from error
     found = []
+    folder = path.parent.absolute()  # as the readers of records name images: the same image has one name
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            found.append((path.parent / record["image"], Scene.from_record(record, path.parent.name)))
+            found.append((folder / record["image"], Scene.from_record(record, path.parent.name)))
         except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise DataError(f"{path}:{number} is no scene: {type(error).__name__} {error}") from error
     return found
