@@ -58,6 +58,9 @@ def _options(
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True, help="DeepSpeed's launcher gives it, and sets variables.")
+    ] = None,
 ) -> None:
     """Vision-language models with cross-modal skip-connections: pre-train, evaluate, use."""
 

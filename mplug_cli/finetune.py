@@ -33,7 +33,6 @@ def finetune(
     run: options.RunFolder = None,
     resume: options.Resume = "auto",
     devices: options.Devices = "auto",
-    local_rank: options.LocalRank = None,
     dry_run: options.DryRun = False,
     quiet: options.OnlyErrors = False,
 ) -> None:

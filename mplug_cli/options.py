@@ -27,6 +27,5 @@ Devices = Annotated[
     str,
     typer.Option("--devices", metavar="auto|N", help="Processes on this machine: one a GPU, or N on a CPU; auto: all."),
 ]
-LocalRank = Annotated[int | None, typer.Option("--local_rank", hidden=True, help="Given by DeepSpeed's launcher.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")]
 OnlyErrors = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]

@@ -28,13 +28,12 @@ def pretrain(
     resume: options.Resume = "auto",
     run: options.RunFolder = None,
     devices: options.Devices = "auto",
-    local_rank: options.LocalRank = None,
     dry_run: options.DryRun = False,
     quiet: options.OnlyErrors = False,
 ) -> None:
     """Pre-train a model as a recipe says.
 
-    Alone it uses all GPUs of this machine; torchrun, DeepSpeed's launcher and srun start it on several (see the README).
+    Alone it uses all GPUs of this machine; torchrun, DeepSpeed's launcher and srun start it on many.
     """
     from mplug_core.recipe import load_recipe
 

@@ -73,7 +73,9 @@ class World:
         if self.size == 1:
             return list(values)
         # NCCL knows the device's tensors alone
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
+        tensor = torch.tensor(
+            values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu"
+        )
         dist.all_reduce(tensor)
         return tensor.tolist()
 

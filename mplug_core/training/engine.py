@@ -163,9 +163,10 @@ class DeepSpeedEngine:
         return norm if norm is not None else float(self.engine.get_global_grad_norm())
 
     def _guarded_norm(self) -> float:
-        """The gradient's norm at stage 0, which neither tells it nor leaves a step out whose gradient is not finite."""
+        """Clip at stage 0, which neither tells the gradient's norm nor leaves a step out where that is not finite."""
         given = [parameter for parameter in self.trained if parameter.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(given, math.inf))  # DeepSpeed clips
+        # DeepSpeed would clip, but can't where no parameter has a gradient
+        norm = float(torch.nn.utils.clip_grad_norm_(given, self.optimizer_settings.clip))
         if not math.isfinite(norm):
             for parameter in given:
                 parameter.grad = None  # without a gradient the optimizer leaves a parameter as it is
@@ -221,7 +222,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": settings.accumulate,
         "train_batch_size": batch_size * settings.accumulate * world_size,
-        "gradient_clipping": optimizer.clip,
+        "gradient_clipping": optimizer.clip if settings.zero_stage else 0.0,  # at stage 0 this file clips
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

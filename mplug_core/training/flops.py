@@ -16,7 +16,6 @@ from mplug_core.data.batches import Batch, Source
 from mplug_core.data.text import Tokenizer
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import Recipe, StageSection
-from mplug_core.training.step import TrainStep
 from mplug_core.training.tracing import ShapeMode, Trace, fused_attention
 from mplug_core.training.workload import Workbench, build_context, build_parts
 
@@ -47,12 +46,10 @@ def trace_step(
     *,
     device: str = "cpu",
     objectives: Mapping[str, float] | None = None,
-    grad_bytes: int = 0,
 ) -> Trace:
     """A step of ``stage`` on ``sizes`` images of each source, with its own objectives or others.
 
-    ``device`` is cpu or cuda, whose attention keeps other things. ``grad_bytes`` an element of a gradient takes once it
-    is complete; 0: it stays as autograd makes it.
+    ``device`` is cpu or cuda, whose attention keeps other things.
     """
     recipe, dtype = bench.recipe, compute_type(bench.recipe)
     wanted = dict(objectives or bench.objectives_of(stage))
@@ -71,8 +68,6 @@ def trace_step(
             yield
 
     contexts = [build_context(recipe, batch, wanted, parts, autocast) for batch in batches]
-    if grad_bytes:
-        take_gradients(mode, parts.step, grad_bytes)
     with ExitStack() as stack:
         if device != "cpu":
             stack.enter_context(fused_attention())
@@ -97,18 +92,6 @@ def without_content(mode: ShapeMode, batch: Batch, dtype: torch.dtype) -> Batch:
             if isinstance(value, Tensor) and value.is_floating_point():
                 block[name] = value.to(dtype)
     return batch
-
-
-def take_gradients(mode: ShapeMode, step: TrainStep, grad_bytes: int) -> None:
-    """Gradients as engines keep them: taken from autograd as each is complete, and kept in another type."""
-
-    def take(parameter: Tensor) -> None:
-        mode.hold(parameter.numel() * grad_bytes)
-        parameter.grad = None
-
-    for parameter in step.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(take)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class LossWatch:
         if not self.steps:
             self.mean = loss
         deviation = loss - self.mean
-        jumped = self.steps >= YOUNG and deviation > SPIKE * math.sqrt(self.variance) and deviation > 0.1 * abs(self.mean)
+        jumped = (
+            self.steps >= YOUNG and deviation > SPIKE * math.sqrt(self.variance) and deviation > 0.1 * abs(self.mean)
+        )
         # a spike enters the mean as the largest value that would have been none, or the next one would not show
         taken = SPIKE * math.sqrt(self.variance) if jumped else deviation
         self.mean += (1 - MEMORY) * taken
@@ -51,7 +53,8 @@ def check_budget(bad: int, seen: int, share: float) -> None:
     """DataError when more than ``share`` of the images ``seen`` could not be used."""
     if bad > share * max(seen, FEW):
         raise DataError(
-            f"{bad} of {seen} images can't be read, more than {share:.2%}", "repair them, or raise data.max_bad_fraction"
+            f"{bad} of {seen} images can't be read, more than {share:.2%}",
+            "repair them, or raise data.max_bad_fraction",
         )
 
 

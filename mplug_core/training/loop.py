@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mplug_core.data.batches import Batch, Block, Lots, Source, lost_worker
-from mplug_core.errors import DataError, MplugError, Preempted, RecipeError
+from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import alpha_ramp
 from mplug_core.recipe import StageSection, nearest
@@ -105,7 +105,7 @@ class StageLoop:
         self.ramp_steps = teacher_settings.ramp_steps or epoch
         self.loss_watch = LossWatch(**self.progress.loss)
         self.stall = StallWatch(self.recipe.run.stall_seconds, "run it again to go on from the last checkpoint")
-        # since the last line of the log: figures of this process (sum, number) and its counts; of all, images and tokens
+        # since the last line of the log: this process's figures (sum, number) and counts, and the images and tokens of all
         self.log: dict[str, list[float]] = {}
         self.counts: dict[str, int] = {}
         self.images = self.tokens = 0.0
@@ -214,8 +214,11 @@ class StageLoop:
             )
 
     def _last_checkpoint(self) -> str:
-        found = latest_checkpoint(self.trainer.folder)
-        return f"the last good checkpoint is {found}" if found is not None else "no checkpoint was written yet"
+        try:
+            found = latest_checkpoint(self.trainer.folder)
+        except CheckpointError:
+            found = None
+        return f"the last good checkpoint is {found}" if found is not None else "there is no checkpoint"
 
     def _next(self, loader: Iterator[list[Batch]], micro: int) -> list[Batch]:
         """The next batches, with blocks of the same tasks on all processes.
@@ -271,7 +274,7 @@ class StageLoop:
                 batch.add_weightless(task, example, list(self.recipe.data.sources[name].tasks))
 
     def _example(self, name: str, task: str) -> Block | None:
-        """A block of a source's task, the same on all processes, which ask for it together; None if it has hardly any."""
+        """A block of a source's task, the same on all processes, which ask together; None if it is hard to find."""
         if (name, task) not in self.examples:
             found: Block | None = None
             source = next(source for source in self.sources if source.name == name)
@@ -458,7 +461,9 @@ class StageLoop:
         if lost := lost_worker(error):
             return DataError(lost, f"{self._last_checkpoint()}; lower data.workers, and run it again to go on")
         if self.world.size > 1 and any(word in text for word in LOST):
-            return MplugError("another process of the run has ended", f"{self._last_checkpoint()}; run it again to go on")
+            return MplugError(
+                "another process of the run has ended", f"{self._last_checkpoint()}; run it again to go on"
+            )
         return error
 
     def _out_of_patience(self, step: int) -> bool:

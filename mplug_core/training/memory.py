@@ -84,11 +84,11 @@ class Activations:
     traces: tuple[Trace, Trace]
 
     @classmethod
-    def of(cls, bench: Workbench, stage: StageSection, device: str, grad_bytes: int) -> Activations:
+    def of(cls, bench: Workbench, stage: StageSection, device: str) -> Activations:
         """Two traces, of half and of the whole batch: what a step keeps grows in proportion, but for the constant part."""
         whole = traced_sizes(bench, stage)
         half = {name: max(2, size // 2) for name, size in whole.items()}
-        made = [trace_step(bench, stage, sizes, device=device, grad_bytes=grad_bytes) for sizes in (half, whole)]
+        made = [trace_step(bench, stage, sizes, device=device) for sizes in (half, whole)]
         return cls((sum(half.values()) / sum(whole.values()), 1.0), tuple(made))
 
     def at(self, scale: float) -> float:
@@ -114,13 +114,6 @@ def traced_sizes(bench: Workbench, stage: StageSection) -> dict[str, int]:
     return sizes
 
 
-def gradient_bytes(engine: EngineSection) -> int:
-    """Bytes of an element of a complete gradient while the backward pass goes on; 0: as autograd made it."""
-    if engine.name == "plain" or engine.zero_stage == 0 or engine.precision == "fp32":
-        return 0
-    return FP32 if engine.zero_stage == 1 else 2
-
-
 def estimate_memory(
     bench: Workbench,
     stage: StageSection,
@@ -134,7 +127,7 @@ def estimate_memory(
 ) -> Memory:
     """Memory of each of ``processes`` devices (``cpu`` or ``cuda``) at ``scale`` times the recipe's batch."""
     sizes = sizes or count_sizes(bench, stage)
-    activations = activations or Activations.of(bench, stage, device, gradient_bytes(engine))
+    activations = activations or Activations.of(bench, stage, device)
     element = 2 if engine.precision == "bf16" else FP32
     zero = engine.zero_stage if engine.name == "deepspeed" else 0
     share = 1 / processes if zero else 1.0

@@ -27,7 +27,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import DataSpec, Recipe, SourceSection, StageSection
 from mplug_core.tasks.registry import evaluated_task
 from mplug_core.training.flops import DEVICE_FLOPS, UTILISATION, StepFlops, peak_flops, step_flops
-from mplug_core.training.memory import Activations, count_sizes, estimate_memory, gradient_bytes
+from mplug_core.training.memory import Activations, count_sizes, estimate_memory
 from mplug_core.training.start import changed_config, grown_vocabulary
 from mplug_core.training.workload import WORDS, Workbench, build_parts, encoders_of
 from mplug_core.weights.folder import read_model
@@ -373,18 +373,15 @@ class _Check:
     def _memory(self, bench: Workbench, stage: StageSection) -> list[dict[str, Any]]:
         """Rows by ZeRO stage and share of the batch, on a GPU, and for the recipe's own settings on a CPU."""
         engine, sizes, rows = self.recipe.engine, count_sizes(bench, stage), []
-        traced: dict[int, Activations] = {}
         images = sum(self.recipe.data.sources[name].batch_size for name in bench.sources_of(stage))
+        traced = Activations.of(bench, stage, "cuda")
         for zero in (0, 1, 2, 3):
             if zero == 0 and engine.precision == "bf16":
                 continue  # DeepSpeed's stage 0 can't
             settings = engine.model_copy(update={"name": "deepspeed", "zero_stage": zero})
-            held = gradient_bytes(settings)
-            if held not in traced:
-                traced[held] = Activations.of(bench, stage, "cuda", held)
             for scale in (0.5, 1.0, 2.0):
                 memory = estimate_memory(
-                    bench, stage, settings, self.processes, "cuda", scale=scale, activations=traced[held], sizes=sizes
+                    bench, stage, settings, self.processes, "cuda", scale=scale, activations=traced, sizes=sizes
                 )
                 own = zero == engine.zero_stage and scale == 1.0 and engine.name == "deepspeed"
                 row = {"zero_stage": zero, "images": round(images * scale), "recipe": own}

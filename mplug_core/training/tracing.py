@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from mplug_core.model import attention
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+_BY_ROWS = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+_PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @dataclass
@@ -120,53 +122,47 @@ class ShapeMode(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             # a value that isn't known: losses ask whether all is finite, and it is
             return torch.ones((), dtype=args[0].dtype).item()
-        leaves, spec = tree_flatten((args, kwargs))
-        if any(isinstance(leaf, FakeTensor) for leaf in leaves):
-            if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
-                # the rows that a mask chooses are known while the mask is: later only its shape is
-                args = (args[0], [row for index in args[1] for row in chosen_rows(index)], *args[2:])
-                leaves, spec = tree_flatten((args, kwargs))
-            leaves = [self._faked(leaf) for leaf in leaves]
-            out, flops = self._by_shape(func, leaves, spec)
-            if flops:
-                self.trace.flops[self._kind()] += flops
-        else:
+        if func in _BY_ROWS and isinstance(args[0], FakeTensor):
+            # the rows that a mask chooses are known while the mask is: later only its shape is
+            args = (args[0], [row for index in args[1] for row in chosen_rows(index)], *args[2:])
+        shapes = Description()
+        key = (func, *map(shapes.of, args), *((name, shapes.of(value)) for name, value in kwargs.items()))
+        if not shapes.fake:
             out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf)
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._follow(leaf)
+            return out
+        known = self._seen.get(key) if shapes.complete else None
+        if known is not None:
+            outputs, spec, flops = known
+            storage = args[0].untyped_storage() if kind_of(func) == "views" else None
+            made = [self._made(output, storage) for output in outputs]
+            out = made[0] if spec is None else tree_unflatten(made, spec)
+        else:
+            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+            out = func(*args, **kwargs)
+            formula = flop_registry.get(getattr(func, "overloadpacket", None))
+            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+            made, spec = tree_flatten(out)
+            if shapes.complete and kind_of(func) != "writes" and all(x is None or isinstance(x, FakeTensor) for x in made):
+                described = [None if x is None else Description().of(x) for x in made]
+                self._seen[key] = (described, None if isinstance(out, FakeTensor) else spec, flops)
+        if flops:
+            self.trace.flops[self._kind()] += flops
+        for tensor in made:
+            if isinstance(tensor, Tensor):
+                self._follow(tensor)
         return out
 
-    def _faked(self, leaf: Any) -> Any:
-        return self.fake(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
-
-    def _by_shape(self, func: Any, leaves: list[Any], spec: Any) -> tuple[Any, int]:
-        """What an operation gives and its FLOPs. Layers repeat: what is known from an equal call is not derived anew."""
-        kind = kind_of(func)
-        key = None
-        if kind != "writes":
-            try:
-                key = (func, spec, tuple(map(described, leaves)))
-                if key in self._seen:
-                    outputs, out_spec, flops = self._seen[key]
-                    storage = leaves[0].untyped_storage() if kind == "views" else None
-                    return tree_unflatten([self._made(output, storage) for output in outputs], out_spec), flops
-            except TypeError:  # an argument that can't be a key
-                key = None
-        args, kwargs = tree_unflatten(leaves, spec)
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(getattr(func, "overloadpacket", None))
-        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
-        outputs, out_spec = tree_flatten(out)
-        if key is not None and all(isinstance(output, FakeTensor) or output is None for output in outputs):
-            self._seen[key] = ([None if output is None else described(output) for output in outputs], out_spec, flops)
-        return out, flops
+    def _faked(self, tensor: Tensor) -> FakeTensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake(tensor)
 
     def _made(self, description: Any, storage: torch.UntypedStorage | None) -> FakeTensor | None:
         """A fake tensor as described, of its own or in ``storage``."""
         if description is None:
             return None
-        _, shape, stride, offset, dtype = description
+        shape, stride, offset, dtype = description
         if storage is None:
             shaped = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         else:
@@ -206,12 +202,25 @@ def kind_of(func: Any) -> str:
     return "views" if aliases[0] and not any(aliases[1:]) and not aliases[0].is_write else "writes"
 
 
-def described(value: Any) -> Any:
-    """What the result of an operation may depend on: of a fake tensor its shape and type, else value and type."""
-    if isinstance(value, FakeTensor):
-        return (FakeTensor, tuple(value.shape), value.stride(), value.storage_offset(), value.dtype)
-    hash(value)
-    return (type(value), value)
+class Description:
+    """What an operation's result may depend on: of tensors shape and type, of all else the value.
+
+    ``fake``: a fake tensor was among them; ``complete``: nothing was that can't be compared.
+    """
+
+    def __init__(self) -> None:
+        self.fake, self.complete = False, True
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self.fake |= isinstance(value, FakeTensor)
+            return (value.shape, value.stride(), value.storage_offset(), value.dtype)
+        if isinstance(value, list | tuple):
+            return tuple(map(self.of, value))
+        if value is None or isinstance(value, _PLAIN):
+            return (type(value), value)  # 1, 1.0 and True are equal, and not the same
+        self.complete = False
+        return None
 
 
 def chosen_rows(index: Tensor | None) -> list[Tensor | None]:

@@ -301,9 +301,7 @@ class Trainer:
                 raise CheckpointError(f"{checkpoint} is of another version: {error}", ANEW) from error
             with together(self.world):
                 if self.world.is_first:
-                    forget_later_metrics(
-                        self.folder / "metrics.jsonl", self.progress.total, self.progress.scores_at
-                    )
+                    forget_later_metrics(self.folder / "metrics.jsonl", self.progress.total, self.progress.scores_at)
             # a kill may have come between the checkpoint and the run's own model folder
             publish_model(self.folder, checkpoint, self.world)
             self.watch("note", {"text": f"resumed {checkpoint} at step {self.progress.total}"})

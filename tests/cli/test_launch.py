@@ -46,7 +46,9 @@ def fake_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_processes_know_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_processes_know_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     fake_app(tmp_path, monkeypatch, "print(rank, os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK'], *sys.argv[1:])")
     assert launch.run_in_processes(2, ["pretrain", "a b"]) == 0
     assert sorted(capfd.readouterr().out.splitlines()) == ["0 2 0 pretrain a b", "1 2 1 pretrain a b"]
@@ -95,5 +97,3 @@ def test_slurm() -> None:
 )
 def test_first_host(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
-
-

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mplug_core.data.batches import Batch, Drawn, Source, Lots, image_groups
+from mplug_core.data.batches import Batch, Drawn, Lots, Source, image_groups
 from mplug_core.data.placement import WHOLE, Placement, adapt
 from mplug_core.data.records import CaptionRecord, PhraseRecord, QuestionRecord, StatementRecord
 from mplug_core.errors import DataError

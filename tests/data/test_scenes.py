@@ -540,8 +540,9 @@ def test_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
-def test_scene_and_records_name_an_image_alike(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scene_and_records_name_an_image_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the path is relative: patches and captions of one image are trained and scored together."""
-    monkeypatch.chdir(scenes.parent)
-    captions = {record.image for record in read_captions(scenes.name, "train")}
-    assert {image for image, _ in read_scenes(Path(scenes.name, "train", "scenes.jsonl"))} == captions
+    write_scenes(tmp_path / "world", n=4, seed=0)
+    monkeypatch.chdir(tmp_path)
+    captions = {record.image for record in read_captions("world", "train")}
+    assert {image for image, _ in read_scenes(Path("world", "train", "scenes.jsonl"))} == captions

@@ -244,7 +244,8 @@ def test_second_signal_to_ranks(runs: Runs, scenes: Path, tmp_path: Path) -> Non
     run.send(signal.SIGINT)
     time.sleep(1.3)
     run.send(signal.SIGINT)
-    assert run.wait(30.0) == [130, 130]
+    codes = run.wait(30.0)
+    assert codes[0] == 130 and codes[1] in (130, 1)  # the second one waits for the first, and may hear of its end first
     assert pointer(folder) == "step-00000002"
 
 

@@ -4,8 +4,8 @@ One table: the largest difference of any loss from that of the plain engine in o
 global batch. Each run is a command line of its own. Without dropout, since each process draws its own.
 
 In one process a global batch is two lots of 8 images in turn (``accumulate``), in two processes a lot each. All losses
-but ITC are then the same computation; ITC, which compares with all pairs that are there at once, is compared alone, with
-16 images at once in one process and 8 in each of two.
+but ITC are then the same computation; ITC, which compares with all pairs that are there at once, is compared alone,
+with 16 images at once in one process and 8 in each of two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def single_captions(scenes: Path) -> None:
     """Leave each scene one caption: which of several is drawn depends on the lot that it is in."""
     for file in scenes.glob("*/captions.jsonl"):
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        kept = [{**line, "caption": line["caption"] if isinstance(line["caption"], str) else line["caption"][0]} for line in lines]
+        kept = [
+            {**line, "caption": line["caption"] if isinstance(line["caption"], str) else line["caption"][0]}
+            for line in lines
+        ]
         file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
@@ -61,7 +64,9 @@ def difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> fl
     return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) for name in a)
 
 
-def table(folder: Path, precisions: Sequence[str] = ("fp32", "bf16"), stages: Sequence[int] = (0, 1, 2, 3)) -> dict[str, float]:
+def table(
+    folder: Path, precisions: Sequence[str] = ("fp32", "bf16"), stages: Sequence[int] = (0, 1, 2, 3)
+) -> dict[str, float]:
     """Name of a run -> its largest difference from the plain engine."""
     scenes = folder / "scenes"
     write_scenes(scenes, 40, 0, 48)

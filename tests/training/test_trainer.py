@@ -187,7 +187,9 @@ def test_signals_at_once_are_one_wish(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_ends_the_run(scenes: Path, tmp_path: Path) -> None:
-    recipe = scene_recipe(scenes, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_steps=0", "run.max_skipped=3")
+    recipe = scene_recipe(
+        scenes, tmp_path / "run", "optimizer.lr=1e30", "optimizer.warmup_steps=0", "run.max_skipped=3"
+    )
     with pytest.raises(MplugError, match="loss is not finite: 3 steps in a row"):
         train(recipe)
 
