@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mplug_cli import options
-from mplug_cli.pretrain import run_recipe
+from mplug_cli.pretrain import Planned, run_recipe
 
 
 def finetune(
@@ -34,6 +34,8 @@ def finetune(
     resume: options.Resume = "auto",
     devices: options.Devices = "auto",
     dry_run: options.DryRun = False,
+    device_name: options.DeviceNames = None,
+    as_json: options.DryRunJson = False,
     quiet: options.OnlyErrors = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
@@ -48,4 +50,5 @@ def finetune(
     # quoted: a path may look like YAML
     changes += [f"{key}={json.dumps(value)}" for key, value in (("start.model", model), ("data.root", data)) if value]
     default = {"start": {"model": os.environ.get(MODEL_VARIABLE) or "mini"}}
-    run_recipe(load_recipe(recipe, changes, default), run, resume, devices, dry_run, quiet)
+    planned = Planned(dry_run, device_name, as_json)
+    run_recipe(load_recipe(recipe, changes, default), run, resume, devices, planned, quiet)

@@ -27,5 +27,12 @@ Devices = Annotated[
     str,
     typer.Option("--devices", metavar="auto|N", help="Processes on this machine: one a GPU, or N on a CPU; auto: all."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it with every field, and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Train nothing: print every field, parameters, FLOPs, memory, time, faults.")
+]
+DeviceNames = Annotated[
+    list[str] | None,
+    typer.Option("--device-name", metavar="NAME", help="Device for the hours of --dry-run: a100, h100, cpu, ..."),
+]
+DryRunJson = Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON object with everything.")]
 OnlyErrors = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,9 @@ import typer
 
 from mplug_cli import options
 from mplug_cli.launch import processes_wanted, run_in_processes
-from mplug_cli.recipe import as_yaml
-from mplug_cli.streams import write_line
+from mplug_cli.preflight import show_check
 from mplug_cli.watch import watching
-from mplug_core.errors import CheckpointError
+from mplug_core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from mplug_core.recipe import Recipe
@@ -29,6 +29,8 @@ def pretrain(
     run: options.RunFolder = None,
     devices: options.Devices = "auto",
     dry_run: options.DryRun = False,
+    device_name: options.DeviceNames = None,
+    as_json: options.DryRunJson = False,
     quiet: options.OnlyErrors = False,
 ) -> None:
     """Pre-train a model as a recipe says.
@@ -37,19 +39,36 @@ def pretrain(
     """
     from mplug_core.recipe import load_recipe
 
-    run_recipe(load_recipe(recipe, overrides or []), run, resume, devices, dry_run, quiet)
+    planned = Planned(dry_run, device_name, as_json)
+    run_recipe(load_recipe(recipe, overrides or []), run, resume, devices, planned, quiet)
 
 
-def run_recipe(settings: Recipe, folder: str | None, resume: str, devices: str, dry_run: bool, quiet: bool) -> None:
-    """Train as a recipe says, or print it; ``folder`` replaces its run.folder."""
+@dataclass(frozen=True)
+class Planned:
+    """Whether to check a run instead of doing it, and what of the check to print."""
+
+    dry_run: bool
+    device_names: list[str] | None
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        if not self.dry_run and (self.device_names or self.as_json):
+            given = "--json" if self.as_json else "--device-name"
+            raise UsageError(f"{given} is for --dry-run", "add --dry-run; a run's figures are in its metrics.jsonl")
+
+
+def run_recipe(settings: Recipe, folder: str | None, resume: str, devices: str, planned: Planned, quiet: bool) -> None:
+    """Train as a recipe says, or check that; ``folder`` replaces its run.folder."""
     from mplug_core.recipe import nearest
 
     if folder is not None:  # not as an override: a path is no YAML
         settings = settings.model_copy(update={"run": settings.run.model_copy(update={"folder": folder})})
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise CheckpointError(f"no checkpoint {resume}{nearest(resume, ('auto', 'never'))}", "auto, never or a path")
-    if dry_run:
-        write_line(as_yaml(settings))
+    if planned.dry_run:
+        # of more devices than there are here, too
+        count = int(devices) if devices.isdigit() and int(devices) else processes_wanted(devices, settings.engine.name)
+        show_check(settings, count, planned.device_names, planned.as_json)
         return
 
     count = processes_wanted(devices, settings.engine.name)

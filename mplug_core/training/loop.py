@@ -29,6 +29,7 @@ from mplug_core.training.checkpoint import (
     write_checkpoint,
 )
 from mplug_core.training.engine import Engine
+from mplug_core.training.flops import peak_flops, training_flops_per_image
 from mplug_core.training.engine_state import state_bytes, whole_state
 from mplug_core.training.guards import LossWatch, StallWatch, check_budget
 from mplug_core.training.optimizer import scheduled_lr
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 NAMED = 20
 """Bad images that are named; further ones are counted."""
+WORTH_COUNTING = 100
+"""Steps from which on a second of counting FLOPs is worth its time."""
 SEARCHED = 64
 """Lots that are searched for records of a task that some process's lot has none of."""
 LOST = ("onnection closed by peer", "onnection reset", "Broken pipe", "gloo", "NCCL", "Socket")
@@ -110,6 +113,8 @@ class StageLoop:
         self.counts: dict[str, int] = {}
         self.images = self.tokens = 0.0
         self.examples: dict[tuple[str, str], Block | None] = {}
+        self.flops_per_image: float | None = None
+        self.peak_flops: float | None = None
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -146,6 +151,8 @@ class StageLoop:
         loader = lots.loader(
             first * self.accumulate, last * self.accumulate, self.recipe.data.workers, settings.stall_seconds
         )
+        if self.world.is_first and last - first >= WORTH_COUNTING:
+            self._count_flops()
         began = self.began = time.perf_counter()
         for step in range(first, last):
             self._step(step, last, loader)
@@ -173,6 +180,14 @@ class StageLoop:
                 )
             if ended:
                 break
+
+    def _count_flops(self) -> None:
+        """What utilisation is measured by; None where it can't be told."""
+        recipe, trainer = self.recipe, self.trainer
+        self.flops_per_image = training_flops_per_image(
+            recipe, trainer.config, self.stage, trainer.tokenizer, {source.name: source for source in self.sources}
+        )
+        self.peak_flops = peak_flops(self.world.device, recipe.engine.precision)
 
     def _step(self, step: int, last: int, loader: Iterator[list[Batch]]) -> None:
         """One optimizer step: on all processes, or on none where a loss or a gradient is not finite."""
@@ -406,9 +421,8 @@ class StageLoop:
             "eta_seconds": left * seconds_per_step,
             **progress.counts,
         }
-        if self.trainer.peak_flops:
-            used = self.trainer.flops_per_image(self.stage) * figures["images_per_second"]
-            figures["mfu"] = used / (self.trainer.peak_flops * self.world.size)
+        if self.flops_per_image and self.peak_flops:
+            figures["mfu"] = self.flops_per_image * figures["images_per_second"] / (self.peak_flops * self.world.size)
         progress.unwritten, progress.highest_norm = {}, 0.0
         self.images = self.tokens = 0.0
         self._append(figures)

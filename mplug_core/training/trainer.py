@@ -108,7 +108,6 @@ class Trainer:
         self.sources = {name: self._source(name) for name in recipe.data.sources}
         self.stand_in: StandIn | None = None
         self.progress = Progress()
-        self.peak_flops: float | None = None
         self.average: Teacher | None = None
         if recipe.run.average:
             self.average = Teacher(self.model, recipe.run.average)

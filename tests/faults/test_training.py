@@ -379,6 +379,7 @@ def test_disk_without_room_for_a_checkpoint(runs: Runs, scenes: Path, whole: Pat
     assert differences(whole, folder) == []
 
 
+@pytest.mark.slow
 def test_write_that_fails_half_way(runs: Runs, scenes: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = runs.start(quick_recipe(scenes, folder), faults=[{"fault": "small_files", "save": 2, "size": 40_000}])
@@ -536,6 +537,7 @@ def test_task_that_one_rank_has_no_records_of(runs: Runs, scenes: Path, tmp_path
 # -- others ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_that_raises(runs: Runs, scenes: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = runs.start(quick_recipe(scenes, folder), faults=[{"fault": "failing_evaluation", "call": 1}])
