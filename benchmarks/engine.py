@@ -20,13 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
+from step import RealStep
 
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import EngineSection, Recipe, check_recipe, load_recipe
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine
 from mplug_core.training.workload import Workbench
-from step import RealStep
 
 MEDIUM: dict[str, Any] = {
     "name": "medium",
@@ -94,7 +94,12 @@ def compare(size: str, precision: str, name: str, turns: int, steps: int) -> dic
         # who goes first changes, as what one leaves in the caches helps or hurts the other
         for loop in list(loops.values())[:: 1 if turn % 2 else -1]:
             loop.turn(steps)
-    row: dict[str, Any] = {"model": size, "parameters": loops["bare"].parameters, "precision": precision, "engine": name}
+    row: dict[str, Any] = {
+        "model": size,
+        "parameters": loops["bare"].parameters,
+        "precision": precision,
+        "engine": name,
+    }
     for clock in ("wall", "cpu"):
         medians = {key: statistics.median(getattr(loop, clock)) for key, loop in loops.items()}
         row[clock] = {f"{key}_ms": round(value * 1e3, 1) for key, value in medians.items()}
@@ -143,7 +148,8 @@ def show(row: dict[str, Any], arguments: argparse.Namespace) -> None:
     low, high = cpu["quartiles"]
     cells = [
         f"{row['model']} ({row['parameters'] / 1e6:.1f}M)", f"{row['precision']} {row['engine']}",
-        f"{cpu['bare_ms']}, {cpu['deepspeed_ms']}", f"{cpu['ratio']:.2f} ({low:.2f}-{high:.2f})", f"{wall['ratio']:.2f}",
+        f"{cpu['bare_ms']}, {cpu['deepspeed_ms']}", f"{cpu['ratio']:.2f} ({low:.2f}-{high:.2f})",
+        f"{wall['ratio']:.2f}",
     ]  # fmt: skip
     print("| " + " | ".join(cells) + " |" if arguments.markdown else "  ".join(cells), flush=True)
 

@@ -78,12 +78,12 @@ def status(name: str) -> int:
 def work(row: dict[str, Any]) -> None:
     """Take steps and print what they took; runs in a process of its own."""
     import torch
+    from step import RealStep
 
     from mplug_core.model.config import MplugConfig
     from mplug_core.training.distributed import World
     from mplug_core.training.engine import build_engine, import_deepspeed
     from mplug_core.training.workload import Workbench
-    from step import RealStep
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -119,8 +119,11 @@ def measure(row: dict[str, Any]) -> dict[str, int]:
         subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(row)],
             env={**os.environ, **quiet, **heap, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(count)
     ]
     ended = [process.communicate() for process in started]
@@ -134,8 +137,8 @@ def measure(row: dict[str, Any]) -> dict[str, int]:
 def estimate(row: dict[str, Any]) -> dict[str, float]:
     """What the pre-flight check says of a row."""
     from mplug_core.model.config import MplugConfig
-    from mplug_core.training.workload import Workbench
     from mplug_core.training.memory import estimate_memory
+    from mplug_core.training.workload import Workbench
 
     recipe = recipe_of(row)
     bench = Workbench.of(recipe, MplugConfig(**recipe.model.model_dump()))
@@ -157,7 +160,9 @@ def main() -> None:
         guess, found = estimate(row), measure(row)
         ratio = guess["total"] / found["peak"]
         if arguments.json:
-            print(json.dumps({"row": name, "estimated": guess, "measured": found, "ratio": round(ratio, 3)}), flush=True)
+            print(
+                json.dumps({"row": name, "estimated": guess, "measured": found, "ratio": round(ratio, 3)}), flush=True
+            )
         else:
             print(f"{name:40}  {guess['total'] / 1e6:7.0f} MB  {found['peak'] / 1e6:7.0f} MB  {ratio:.2f}", flush=True)
 

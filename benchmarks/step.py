@@ -8,7 +8,7 @@ import torch
 
 from mplug_core.recipe import StageSection
 from mplug_core.training.engine import Engine
-from mplug_core.training.workload import Workbench, build_context, build_parts
+from mplug_core.training.workload import Workbench, build_parts
 
 
 class RealStep:
@@ -33,9 +33,7 @@ class RealStep:
         autocast = lambda: torch.autocast("cpu", engine.dtype, enabled=enabled)  # noqa: E731
         for _ in range(accumulate):
             moved = [batch.to(torch.device("cpu"), engine.dtype) for batch in self.batches]
-            contexts = [
-                build_context(self.bench.recipe, batch, self.objectives, self.parts, autocast) for batch in moved
-            ]
+            contexts = [self.parts.context(self.bench.recipe, batch, self.objectives, autocast) for batch in moved]
             loss, _ = engine.forward(moved, contexts, self.objectives)
             engine.backward(loss)
             engine.step(0, 100)

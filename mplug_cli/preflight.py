@@ -66,7 +66,8 @@ def lines_of(found: Preflight) -> list[str]:
         f"{_size(disk['free'])} free",
     ]
     lines += [
-        f"hours assume {speed['utilisation']:.0%} of {speed['peak_flops'] / 1e12:.3g} TFLOP/s on {name}"
+        f"hours assume {speed['utilisation']:.0%} of {speed['peak_flops'] / 1e12:.3g} TFLOP/s in "
+        f"{speed['precision']} on {name}"
         for name, speed in found.devices.items()
     ]
     lines += [f"note: {note}" for note in found.notes]
@@ -75,7 +76,9 @@ def lines_of(found: Preflight) -> list[str]:
 
 
 def _stage_lines(cost: StageCost, found: Preflight) -> list[str]:
-    lines = [f"stage {cost.stage}: {_counted(cost.steps, 'steps')} of {cost.images_per_step} images{_hours(cost.hours)}"]
+    lines = [
+        f"stage {cost.stage}: {_counted(cost.steps, 'steps')} of {cost.images_per_step} images{_hours(cost.hours)}"
+    ]
     for name, count in cost.parameters.items():
         if count["trained"] or count["frozen"]:
             parts = [f"{count[kind] / 1e6:.1f}M {kind}" for kind in ("trained", "frozen") if count[kind]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 import types
 import typing
@@ -290,7 +291,9 @@ class EngineSection(Section):
 
     name: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16 has fp32 masters; auto: bf16 where the device has units for it"
+    )
     accumulate: Positive = 1
     checkpointing: list[Tower] = Field(default_factory=list, description="towers that recompute activations")
     offload: Literal["none", "optimizer", "parameters"] = "none"
@@ -384,6 +387,21 @@ class Recipe(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes: ``run.folder``, or ``runs/NAME``."""
+        return Path(self.run.folder or f"runs/{self.name}")
+
+    def placed(self, spec: DataSpec) -> DataSpec:
+        """``spec`` with ``{root}``, ``{run}`` and ``~`` in its paths filled in."""
+
+        def fill(path: str) -> str:
+            filled = path.replace("{root}", self.data.root).replace("{run}", str(self.run_folder))
+            return os.path.expanduser(filled)
+
+        images = fill(spec.images) if spec.images else None
+        return spec.model_copy(update={"path": fill(spec.path), "images": images})
 
     def wanted(self) -> list[str]:
         """The objectives that the recipe or one of its stages gives any weight."""

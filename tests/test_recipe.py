@@ -89,7 +89,7 @@ def test_all_faults_come_at_once_with_the_nearest_key() -> None:
         ("a..b=5", "'a..b=5' is not key.path=value"),
         ("seed=[1", "'seed=[1': the value is not YAML"),
         ("objectives.box=1", None),
-        ("engine={name: deepspeed, zero_stage: 0}", "engine: bf16 needs zero_stage >= 1"),
+        ("engine={zero_stage: 0, precision: bf16}", "engine: bf16 needs zero_stage >= 1"),
         ("stages.learn.sources=[c]", "stages: learn: no source 'c' in data.sources"),
         ("evaluate={val: {path: x, tasks: [pretrain]}}", "evaluate.val.tasks.0: Input should be 'caption'"),
     ],

@@ -11,9 +11,9 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mplug_core.errors import CheckpointError
 
@@ -147,6 +147,16 @@ class Tokenizer:
     def box_bin(self, id: int) -> int | None:
         """The bin of a box token's id, None for any other id."""
         return self._box_bins.get(int(id))
+
+
+def texts_of(record: Any) -> Iterator[str]:
+    """The cleaned texts of a record of any task, whole, as a vocabulary is built from them."""
+    values = vars(record)
+    for text in values.get("captions", ()) or values.get("answers", ()):
+        yield clean_caption(text, 1000)
+    for key in ("question", "phrase", "statement", "hypothesis"):
+        if key in values:
+            yield clean_question(values[key])
 
 
 def build_vocabulary(

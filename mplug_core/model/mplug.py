@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -206,6 +206,19 @@ class Mplug(nn.Module):
         self.fusion.checkpointing = "fusion" in towers
         if self.decoder is not None:
             self.decoder.checkpointing = "decoder" in towers
+
+    @property
+    def parts(self) -> dict[str, nn.Module | nn.Parameter]:
+        """What can be frozen by its name: the towers, heads and projections, and the temperature."""
+        return {**dict(self.named_children()), **dict(self.named_parameters(recurse=False))}
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Train all parts but those of these names; a frozen visual encoder computes as in evaluation, too."""
+        for name, part in self.parts.items():
+            part.requires_grad_(name not in names)
+        self.train()
+        if "visual" in names:
+            self.visual.eval()
 
     def encode_image(self, pixels: Tensor) -> ImageEncoding:
         """``pixels`` [B, 3, H, W], normalised as the configuration says."""

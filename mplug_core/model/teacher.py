@@ -6,12 +6,15 @@ can hold. The teacher copies every part that makes a target, the fusion included
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+
+from mplug_core.model.mplug import Mplug
+from mplug_core.recipe import TeacherSection
 
 CHUNK = 64
 """Parameters per update call: enough to fill the device, few enough to gather when they are sharded."""
@@ -188,3 +191,22 @@ class FeatureQueue(nn.Module):
         They change with the next push: join them to the batch's features (a copy) before they enter a loss.
         """
         return self.image, self.text, self.ids
+
+
+def build_teacher(
+    model: Mplug, settings: TeacherSection, objectives: Mapping[str, float]
+) -> tuple[Teacher | None, FeatureQueue | None]:
+    """A teacher where one of the ``objectives`` (weights by name) wants its targets or its keys, with the parts that
+    those need; the queue where it has a size and ITC is among them."""
+    distilled = settings.alpha > 0 and any(objectives.get(name) for name in ("itc", "mlm", "answer"))
+    queued = settings.queue_size > 0 and bool(objectives.get("itc"))
+    if not distilled and not queued:
+        return None, None
+    parts = {"visual", "visual_projection", "image_projection", "summary", "text", "text_projection"}
+    if objectives.get("mlm") and settings.alpha > 0:
+        parts |= {"fusion", "masked_head"}
+    if objectives.get("answer") and settings.alpha > 0:
+        parts |= {"fusion", "decoder"}
+    parts &= {name for name, _ in model.named_children()}
+    queue = FeatureQueue(settings.queue_size, model.config.embed_dim) if queued else None
+    return Teacher(model, settings.momentum, parts), queue

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.training.agreement import together
-from mplug_core.training.distributed import World
+from mplug_core.training.distributed import ALONE, World
 from mplug_core.training.tensor_files import TensorFiles, write_tensors
 from mplug_core.weights.durable import copy_folder, replace_folder, replace_text, sync_file, sync_folder
 
@@ -235,7 +235,7 @@ def latest_checkpoint(run: Path, world: World | None = None, note: Note = lambda
     The one that the pointer names comes first, then the last written. ``note`` is told which were passed over and why.
     CheckpointError where there are checkpoints and none is sound.
     """
-    world = world or World(0, 1, 0)
+    world = world or ALONE
     root = checkpoint_folder(run)
     # one process looks: where folders are shared by network, others may see them later
     names, pointed, said = world.gather_objects(_candidates(root) if world.is_first else None)[0]

@@ -92,6 +92,10 @@ class World:
             dist.barrier()
 
 
+ALONE = World(0, 1, 0)
+"""One process that knows of no other."""
+
+
 def launched_by_slurm(environment: Any) -> bool:
     """Whether `srun` started this process as one of several, and no other launcher did."""
     return "RANK" not in environment and "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1

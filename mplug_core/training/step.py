@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from mplug_core.data.batches import Batch
 from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import EMPTY
+from mplug_core.recipe import Recipe
 from mplug_core.tasks.task import Context
+from mplug_core.training.distributed import ALONE, World
 from mplug_core.training.stand_in import StandIn
 
 
@@ -63,6 +67,51 @@ class TrainStep(nn.Module):
             hidden = torch.rand(len(images), generator=context.generator) < context.grid_dropout
             images.mask[hidden.to(images.mask.device), self.model.config.summary_tokens :] = False
         return images
+
+
+def build_context(
+    recipe: Recipe,
+    batch: Batch,
+    weights: Mapping[str, float],
+    alpha: float,
+    teacher: Teacher | None,
+    queue: FeatureQueue | None,
+    autocast: Callable[[], AbstractContextManager],
+    generator: torch.Generator,
+    world: World = ALONE,
+) -> Context:
+    """What the losses of a batch see. The teacher encodes its images at the first question, and once."""
+    section = recipe.data.sources[batch.source]
+    encoded: list[ImageEncoding] = []
+
+    def teacher_images() -> ImageEncoding:
+        if not encoded:
+            with torch.no_grad(), autocast():
+                if batch.pixels is not None:
+                    encoded.append(teacher.model.encode_image(batch.pixels))
+                else:
+                    encoded.append(teacher.model.encode_features(batch.features, batch.aligned))
+        return encoded[0]
+
+    imagined = batch.stand_in is not None
+    # image ids of different sources must differ
+    offset = list(recipe.data.sources).index(batch.source) << 40
+    return Context(
+        alpha=0.0 if imagined else alpha,
+        label_smoothing=recipe.label_smoothing,
+        weights=dict(weights),
+        source_weight=section.weight,
+        grid_dropout=section.grid_dropout,
+        teacher=None if imagined else teacher,
+        teacher_images=teacher_images,
+        queue=queue,
+        gather=world.gather_rows,
+        gather_with_gradient=world.gather_with_gradient,
+        image_ids=None if imagined else batch.image_ids + offset,
+        generator=generator,
+        autocast=autocast,
+        self_critical=recipe.self_critical,
+    )
 
 
 def without_ids(context: Context) -> Context:

