@@ -97,7 +97,8 @@ def test_text_depends_on_the_image(fusion: str) -> None:
 def test_padding_changes_nothing(fusion: str, dtype: torch.dtype) -> None:
     image, text = (t.to(dtype) for t in streams())
     fuse = Fusion(small_config(fusion=fusion)).eval().to(dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    # bf16 values around 10 lie 0.06 apart: which of two neighbours comes out depends on the order of sums
+    tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 2**-7}
     with torch.no_grad():
         want_image, want_text = fuse(image, text)
         junk_image, junk_text = torch.randn(2, 3, 32, dtype=dtype) * 9, torch.randn(2, 2, 32, dtype=dtype) * 9
@@ -106,8 +107,8 @@ def test_padding_changes_nothing(fusion: str, dtype: torch.dtype) -> None:
         got_image, got_text = fuse(
             torch.cat([image, junk_image], 1), torch.cat([text, junk_text], 1), image_mask, text_mask
         )
-    assert torch.allclose(got_image[:, :5], want_image, atol=tolerance)
-    assert torch.allclose(got_text[:, :4], want_text, atol=tolerance)
+    assert torch.allclose(got_image[:, :5], want_image, **tolerance)
+    assert torch.allclose(got_text[:, :4], want_text, **tolerance)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

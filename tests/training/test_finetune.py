@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mplug_core.data.scenes import write_scenes
 from mplug_core.errors import CheckpointError, DataError, Preempted, RecipeError
+from mplug_core.model.teacher import build_teacher
 from mplug_core.recipe import Recipe, check_recipe
 from mplug_core.training.loop import Progress
 from mplug_core.training.trainer import Trainer, train
@@ -178,13 +179,13 @@ class TestTeacher:
         self, scenes: Path, start: Path, tmp_path: Path
     ) -> None:
         trainer = Trainer(finetune_recipe(scenes, start, tmp_path / "a", "teacher.alpha=0.4"), lambda *a: None)
-        teacher, queue = trainer._teacher({"answer": 1.0})
+        teacher, queue = build_teacher(trainer.model, trainer.recipe.teacher, {"answer": 1.0})
         assert {"visual", "text", "fusion", "decoder"} <= set(teacher.parts) and queue is None
         assert "masked_head" not in teacher.parts and "matching_head" not in teacher.parts
 
     def test_no_teacher_without_alpha(self, scenes: Path, start: Path, tmp_path: Path) -> None:
         trainer = Trainer(finetune_recipe(scenes, start, tmp_path / "a"), lambda *a: None)
-        assert trainer._teacher({"answer": 1.0}) == (None, None)
+        assert build_teacher(trainer.model, trainer.recipe.teacher, {"answer": 1.0}) == (None, None)
 
     def test_it_acts(self, scenes: Path, start: Path, tmp_path: Path) -> None:
         """At the same weights and batch a soft target gives another loss than a hard one."""
@@ -346,6 +347,7 @@ class TestBadInput:
         for image in sorted((tmp_path / "d" / "train" / "images").iterdir())[:20]:
             image.write_bytes(b"no image")
         changes = ("data.sources.scenes.batch_size=1", f"data.sources.scenes.tasks={{{task}: 1}}", "steps=12")
+        changes += ("data.max_bad_fraction=1",)
         notes: list[str] = []
         run = train(
             finetune_recipe(

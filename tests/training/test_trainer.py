@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
+from mplug_core.model.teacher import build_teacher
 from mplug_core.recipe import Recipe
 from mplug_core.training.checkpoint import latest_checkpoint
 from mplug_core.training.features import cache_features
@@ -227,14 +228,14 @@ def test_stage_that_nothing_feeds(scenes: Path, tmp_path: Path) -> None:
 
 def test_teacher_only_where_it_is_needed(scenes: Path, tmp_path: Path) -> None:
     trainer = Trainer(scene_recipe(scenes, tmp_path / "a"), lambda *a: None)
-    teacher, queue = trainer._teacher({"itc": 1.0, "mlm": 1.0})
+    teacher, queue = build_teacher(trainer.model, trainer.recipe.teacher, {"itc": 1.0, "mlm": 1.0})
     assert {"fusion", "masked_head", "text"} <= set(teacher.parts) and "decoder" not in teacher.parts
     assert queue.size == 24
-    teacher, queue = trainer._teacher({"itc": 1.0})
+    teacher, queue = build_teacher(trainer.model, trainer.recipe.teacher, {"itc": 1.0})
     assert "fusion" not in teacher.parts
-    assert trainer._teacher({"caption": 1.0}) == (None, None)
+    assert build_teacher(trainer.model, trainer.recipe.teacher, {"caption": 1.0}) == (None, None)
     off = Trainer(scene_recipe(scenes, tmp_path / "b", "teacher={alpha: 0, queue_size: 0}"), lambda *a: None)
-    assert off._teacher({"itc": 1.0, "mlm": 1.0}) == (None, None)
+    assert build_teacher(off.model, off.recipe.teacher, {"itc": 1.0, "mlm": 1.0}) == (None, None)
 
 
 def test_broken_images_are_counted_in_the_log(scenes: Path, tmp_path: Path) -> None:
