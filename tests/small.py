@@ -10,7 +10,7 @@ import torch
 from mplug_core.data.records import read_captions, read_entailments, read_phrases, read_questions, read_statements
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 
 VIT = {
     "backbone": "vit_base_patch16_clip_quickgelu_224",
@@ -43,10 +43,10 @@ def small_config(**fields: Any) -> MplugConfig:
     return MplugConfig(**{**values, **fields})
 
 
-def small_model(seed: int = 0, **fields: Any) -> Mplug:
+def small_model(seed: int = 0, **fields: Any) -> MplugModel:
     """A model of :func:`small_config` with weights large enough that nothing is nearly zero, in evaluation mode."""
     torch.manual_seed(seed)
-    model = Mplug(small_config(**fields))
+    model = MplugModel(small_config(**fields))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -57,7 +57,7 @@ def small_model(seed: int = 0, **fields: Any) -> Mplug:
     return model.eval()
 
 
-def random_inputs(model: Mplug, images: int = 3, length: int = 6, seed: int = 1) -> tuple[ImageEncoding, Any, Any]:
+def random_inputs(model: MplugModel, images: int = 3, length: int = 6, seed: int = 1) -> tuple[ImageEncoding, Any, Any]:
     """An encoding of random pixels, random ids [B, T], and a mask [B, T] with padding in the second row."""
     generator = torch.Generator().manual_seed(seed)
     size = model.config.vision.image_size

@@ -159,7 +159,7 @@ class ImageHead(nn.Module):
         return self.layers(self.standardise(self.gather(pooled, probabilities)))
 
 
-class Mplug(nn.Module):
+class MplugModel(nn.Module):
     """mPLUG: visual encoder, text encoder, skip-connected fusion, decoder. Tensors in, tensors out."""
 
     def __init__(self, config: MplugConfig) -> None:

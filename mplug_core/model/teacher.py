@@ -13,7 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import TeacherSection
 
 CHUNK = 64
@@ -194,7 +194,7 @@ class FeatureQueue(nn.Module):
 
 
 def build_teacher(
-    model: Mplug, settings: TeacherSection, objectives: Mapping[str, float]
+    model: MplugModel, settings: TeacherSection, objectives: Mapping[str, float]
 ) -> tuple[Teacher | None, FeatureQueue | None]:
     """A teacher where one of the ``objectives`` (weights by name) wants its targets or its keys, with the parts that
     those need; the queue where it has a size and ITC is among them."""

@@ -22,7 +22,7 @@ from mplug_core.errors import DataError
 from mplug_core.generation import Decoding, generate
 from mplug_core.metrics.caption import score_captions
 from mplug_core.metrics.cider import Cider, Tokens, caption_tokens
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.objectives.self_critical import self_critical
 from mplug_core.recipe import DataSpec
@@ -113,7 +113,7 @@ class CaptionTask:
             block["references"] = [[caption_tokens(text) for text in record.captions] for _, record in drawn]
         return block
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         if context.wants("caption") or context.wants("self_critical"):
             memory, mask = model.memory(images[block["image"]])
@@ -128,7 +128,7 @@ class CaptionTask:
         return losses
 
     def _self_critical(
-        self, model: Mplug, memory: Tensor, mask: Tensor, references: list[list[Tokens]], context: Context
+        self, model: MplugModel, memory: Tensor, mask: Tensor, references: list[list[Tokens]], context: Context
     ) -> Tensor:
         tokenizer, settings = self.reward.tokenizer, context.self_critical
         found = self_critical(

@@ -22,7 +22,7 @@ from mplug_core.data.records import Records, read_phrases
 from mplug_core.data.text import clean_question
 from mplug_core.metrics.grounding import score_boxes
 from mplug_core.model.attention import DecoderCache
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.box import bins_to_box, box_iou, box_to_bins, box_token_loss
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
@@ -60,7 +60,7 @@ class GroundingTask:
             "image": rows(drawn), "ids": ids, "mask": mask, "inputs": inputs, "bins": bins, "box_ids": box_ids
         }  # fmt: skip
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         if not context.wants("box"):
             return {}
         text = model.encode_text(block["ids"], block["mask"])
@@ -117,7 +117,9 @@ def find_boxes(
     return boxes.cpu(), confidence.float().cpu()
 
 
-def draw_bins(model: Mplug, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int, draws: int) -> Tensor:
+def draw_bins(
+    model: MplugModel, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int, draws: int
+) -> Tensor:
     """Bins [n, ``draws``, 4] drawn from the model's distribution over box tokens.
 
     The draws are spread evenly over the probability of each token (a Latin hypercube) and are the same for every
@@ -152,7 +154,7 @@ def safest(greedy: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_bins(
-    model: Mplug, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int
+    model: MplugModel, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int
 ) -> tuple[Tensor, Tensor]:
     """Four greedy steps over the box tokens alone, behind the token ``start`` ([CLS] here; the released models have
     one of their own).

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mplug_core.data.batches import Block
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.contrastive import ContrastiveOutput, contrastive_loss
 from mplug_core.objectives.matching import hard_negatives, matching_loss
 from mplug_core.tasks.task import Context
@@ -25,7 +25,7 @@ def caption_groups(captions: Sequence[str]) -> Tensor:
     return torch.tensor([zlib.crc32(caption.encode()) for caption in captions])
 
 
-def pair_losses(model: Mplug, image: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+def pair_losses(model: MplugModel, image: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
     """``itc`` and ``itm``, those of them that have a weight.
 
     ``image``: the pairs' images, row by row. ``block``: ``image`` (rows of the batch's images), ``ids`` and ``mask``
@@ -76,7 +76,7 @@ def teacher_keys(image: Tensor, text: Tensor, ids: Tensor, context: Context) -> 
 
 
 def _matching(
-    model: Mplug,
+    model: MplugModel,
     image: ImageEncoding,
     text: Tensor,
     block: Block,

@@ -20,7 +20,7 @@ from mplug_core.data.placement import WHOLE, Placement
 from mplug_core.data.records import Records
 from mplug_core.data.scenes import WORLD, patch_labels, read_scenes
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.task import Context, Texts, rows
 
@@ -69,7 +69,7 @@ class PatchTask(nn.Module):
         block = {name: torch.stack([torch.from_numpy(item[name]) for item in labels]) for name in (*self.counts, "box")}
         return {"image": rows(drawn), **block}
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         if not context.wants("patches"):
             return {}
         cells = images.tokens[block["image"]][:, -self.grid * self.grid :]

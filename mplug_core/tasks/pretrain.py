@@ -11,7 +11,7 @@ from torch import Tensor
 from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.records import Records, read_captions
 from mplug_core.data.text import clean_caption
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.masked_language import IGNORED, mask_tokens, masked_language_loss
 from mplug_core.objectives.prefix_language import sequence_loss, split_prefix
 from mplug_core.recipe import DataSpec
@@ -48,7 +48,7 @@ class PretrainTask:
             **split._asdict(),
         }
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         image = images[block["image"]]
         losses = pair_losses(model, image, block, context)
         if context.wants("mlm"):
@@ -57,7 +57,7 @@ class PretrainTask:
             losses["prefix_lm"] = self._prefix(model, image, block, context)
         return losses
 
-    def _masked(self, model: Mplug, image: ImageEncoding, block: Block, context: Context) -> Tensor:
+    def _masked(self, model: MplugModel, image: ImageEncoding, block: Block, context: Context) -> Tensor:
         labelled = block["labels"] != IGNORED
         _, fused = model.fuse(image, model.encode_text(block["masked"], block["mask"]), block["mask"])
         logits = model.masked_logits(fused[labelled])
@@ -70,7 +70,7 @@ class PretrainTask:
                 teacher_logits = teacher.masked_logits(fused[labelled])
         return masked_language_loss(logits, block["labels"][labelled], teacher_logits, context.alpha)
 
-    def _prefix(self, model: Mplug, image: ImageEncoding, block: Block, context: Context) -> Tensor:
+    def _prefix(self, model: MplugModel, image: ImageEncoding, block: Block, context: Context) -> Tensor:
         prefix, mask = block["prefix_ids"], block["prefix_mask"]
         memory, memory_mask = model.memory(image, model.encode_text(prefix, mask), mask)
         logits = model.decode(block["target_ids"], memory, memory_mask)

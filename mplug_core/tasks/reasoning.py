@@ -21,7 +21,7 @@ from mplug_core.data.records import Records, read_entailments, read_statements
 from mplug_core.data.text import clean_caption
 from mplug_core.errors import DataError
 from mplug_core.metrics.reasoning import score_labels, submission
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.recipe import CLASSES, DataSpec
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need
@@ -68,7 +68,7 @@ class ClassificationTask:
             "ids": ids, "mask": mask, "labels": torch.tensor([known.index(label) for label in labels]),
         }  # fmt: skip
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         if not context.wants(self.classifier):
             return {}
         logits = classify(model, self.classifier, images, block["image"], block["ids"], block["mask"])
@@ -183,7 +183,9 @@ def judge(
     return classify(ready.model, classifier, images, which, ids, mask).float().softmax(-1).cpu()
 
 
-def classify(model: Mplug, classifier: str, images: ImageEncoding, which: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def classify(
+    model: MplugModel, classifier: str, images: ImageEncoding, which: Tensor, ids: Tensor, mask: Tensor
+) -> Tensor:
     """Logits [n, labels]: the text [n, T] fused with each of its images (rows ``which`` [n] or [n, 2]), joined.
 
     An image that stands on both sides of an example is fused once.

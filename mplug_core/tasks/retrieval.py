@@ -16,7 +16,7 @@ from mplug_core.data.records import Records, read_captions
 from mplug_core.data.text import clean_caption
 from mplug_core.errors import DataError
 from mplug_core.metrics.retrieval import first_ranks, recalls
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import scene_graphs
 from mplug_core.tasks.evaluation import Evaluation
@@ -55,7 +55,7 @@ class RetrievalTask:
         ids, mask = texts.encode(captions)
         return {"image": rows(drawn), "ids": ids, "mask": mask, "group": caption_groups(captions)}
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         return pair_losses(model, images[block["image"]], block, context)
 
     @torch.inference_mode()

@@ -21,7 +21,7 @@ from mplug_core.data.text import Tokenizer, pad
 from mplug_core.errors import CheckpointError
 from mplug_core.generation import Decoding
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.recipe import DataSpec, SelfCriticalSection
 
@@ -46,7 +46,7 @@ class Texts:
 class Ready:
     """A model in evaluation mode and the tokenizer that belongs to it."""
 
-    model: Mplug
+    model: MplugModel
     tokenizer: Tokenizer
 
     @property
@@ -148,7 +148,7 @@ class Task(Protocol):
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         """Ids, masks and targets of records; ``image`` [n] or [n, 2] are rows of the batch's images."""
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         """Scalar losses by objective."""
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:

@@ -19,7 +19,7 @@ from mplug_core.data.text import clean_question
 from mplug_core.errors import DataError
 from mplug_core.generation import Decoding, rank
 from mplug_core.metrics.vqa import score_answers
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import Answer, answers
@@ -63,7 +63,7 @@ class VqaTask:
             "weights": torch.tensor([weight for _, _, weight in listed]),
         }  # fmt: skip
 
-    def losses(self, model: Mplug, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
+    def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         """``answer``: sum over answers of weight * (sum over its tokens), over the number of questions."""
         if not context.wants("answer"):
             return {}
@@ -79,7 +79,7 @@ class VqaTask:
         )  # fmt: skip
         return {"answer": loss}
 
-    def _logits(self, model: Mplug, images: ImageEncoding, block: Block) -> Tensor:
+    def _logits(self, model: MplugModel, images: ImageEncoding, block: Block) -> Tensor:
         text = model.encode_text(block["ids"], block["mask"])
         memory, mask = model.memory(images[block["image"]], text, block["mask"])
         return answer_logits(model, memory, mask, block["target_ids"], block["question"])
@@ -132,7 +132,7 @@ def weighted_answers(record: QuestionRecord, most: int | None = None) -> list[tu
     return [(answer, weight / mass) for answer, weight in kept]
 
 
-def answer_logits(model: Mplug, memory: Tensor, mask: Tensor, ids: Tensor, question: Tensor) -> Tensor:
+def answer_logits(model: MplugModel, memory: Tensor, mask: Tensor, ids: Tensor, question: Tensor) -> Tensor:
     """Next-token logits [A, L, V] of answers ``ids`` [A, L] to the questions of ``memory`` [Q, N, W] (mask [Q, N]).
 
     ``question`` [A] is each answer's row of the memory, ascending. The answers of a question share its keys and values:

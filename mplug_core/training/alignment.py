@@ -20,7 +20,7 @@ from torch import Tensor
 from mplug_core.data.batches import Source
 from mplug_core.data.text import clean_caption
 from mplug_core.errors import RecipeError
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.objectives.contrastive import contrastive_loss, one_way
 from mplug_core.recipe import AlignSection, OptimizerSection
 from mplug_core.tasks.task import Texts
@@ -33,7 +33,7 @@ class Alignment:
 
     def __init__(
         self,
-        model: Mplug,
+        model: MplugModel,
         texts: Texts,
         sources: Sequence[Source],
         settings: AlignSection,

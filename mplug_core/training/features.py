@@ -13,10 +13,12 @@ import torch
 
 from mplug_core.data.batches import Source
 from mplug_core.errors import DataError, ImageError
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 
 
-def cache_features(source: Source, model: Mplug, folder: Path, batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def cache_features(
+    source: Source, model: MplugModel, folder: Path, batch_size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
     """Features [views, images, N, C] float16 of the source's images, and where each picture lies: [views, images, 4].
 
     Computed if the files are not there; the second are the numbers of a :class:`~mplug_core.data.placement.Placement`.

@@ -16,7 +16,7 @@ from torch import Tensor
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import resize_positions
 from mplug_core.recipe import ModelSection, Recipe, describe, merge
 from mplug_core.weights.folder import Stored
@@ -68,7 +68,7 @@ def words_without_piece(tokenizer: Tokenizer, texts: Iterable[str], min_count: i
 
 
 @torch.no_grad()
-def fill_from(model: Mplug, tokenizer: Tokenizer, stored: Stored, temperature: float | None = None) -> str:
+def fill_from(model: MplugModel, tokenizer: Tokenizer, stored: Stored, temperature: float | None = None) -> str:
     """Give ``model`` the weights of the start model; returns what came from there and what is fresh, in one line.
 
     ``temperature`` replaces that of the start model. CheckpointError where a tensor has another shape than the model's
@@ -135,7 +135,7 @@ def rows_by_piece(old: Tensor, fresh: Tensor, origins: dict[int, list[int]]) -> 
     return rows
 
 
-def fit_positions(state: dict[str, Tensor], expected: dict[str, Tensor], model: Mplug) -> list[str]:
+def fit_positions(state: dict[str, Tensor], expected: dict[str, Tensor], model: MplugModel) -> list[str]:
     """Fit what depends on the image size or the longest text; returns what was done."""
     done = []
     name = "visual.backbone.pos_embed"

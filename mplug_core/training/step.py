@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug_core.data.batches import Batch
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import EMPTY
 from mplug_core.recipe import Recipe
@@ -23,7 +23,7 @@ from mplug_core.training.stand_in import StandIn
 class TrainStep(nn.Module):
     """The model, the modules that belong to training alone, and the sum of all losses."""
 
-    def __init__(self, model: Mplug, tasks: Mapping[str, Any], stand_in: StandIn | None = None) -> None:
+    def __init__(self, model: MplugModel, tasks: Mapping[str, Any], stand_in: StandIn | None = None) -> None:
         super().__init__()
         self.model = model
         self.tasks = dict(tasks)

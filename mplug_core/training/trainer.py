@@ -22,7 +22,7 @@ from mplug_core.data.shards.source import ShardSource, text_records
 from mplug_core.data.text import Tokenizer, texts_of
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import Teacher, build_teacher
 from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection, nearest
 from mplug_core.tasks.caption import CaptionTask
@@ -100,7 +100,7 @@ class Trainer:
         self.texts = Texts(
             self.tokenizer, min(recipe.data.max_text, self.config.max_positions), recipe.data.max_answers
         )
-        self.model = Mplug(self.config)
+        self.model = MplugModel(self.config)
         self.model.set_checkpointing(recipe.engine.checkpointing)
         self._start_weights(start)
         self.tasks = self._all_tasks()
@@ -459,7 +459,7 @@ class Trainer:
     def _take_back(self, engine: Engine, module: TrainStep) -> None:
         """A fresh fp32 model and fresh heads with the trained weights, free of what the engine did to the old ones."""
         state = whole_state(module, engine)
-        self.model = Mplug(self.config)
+        self.model = MplugModel(self.config)
         self.model.set_checkpointing(self.recipe.engine.checkpointing)
         # what a task has prepared for the run stays
         self.tasks = self._all_tasks() | {"caption": self.tasks["caption"]}
@@ -486,7 +486,7 @@ class Trainer:
         if self.average is not None:
             state = self.average.model.state_dict()
         with torch.device("meta"):
-            model = Mplug(self.config)
+            model = MplugModel(self.config)
         model.load_state_dict({k: v.detach().float() for k, v in state.items()}, assign=True)
         fill_buffers(model)
         ready = Ready(model.eval().to(self.world.device), self.tokenizer)

@@ -30,7 +30,7 @@ from mplug_core.data.records.types import (
 from mplug_core.data.scenes import sample_scene
 from mplug_core.data.text import SPECIAL_TOKENS, Tokenizer
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import FeatureQueue, Teacher, build_teacher
 from mplug_core.objectives.self_critical import log_probabilities
 from mplug_core.recipe import Recipe, SourceSection, StageSection
@@ -148,7 +148,9 @@ def _zeros(shape: Sequence[int], dtype: Any) -> np.ndarray:
 class _WrittenCaptions(CaptionTask):
     """Captioning whose captions to reward are not searched for, which depends on weights, but taken as longest ones."""
 
-    def _self_critical(self, model: Mplug, memory: Tensor, mask: Tensor, references: Any, context: Context) -> Tensor:
+    def _self_critical(
+        self, model: MplugModel, memory: Tensor, mask: Tensor, references: Any, context: Context
+    ) -> Tensor:
         settings, tokenizer = context.self_critical, self.reward.tokenizer
         written = [[[tokenizer.unk_id] * settings.max_tokens] * settings.captions for _ in range(len(memory))]
         known = {"start": tokenizer.cls_id, "end": tokenizer.sep_id, "forbidden": forbidden_tokens(tokenizer)}
@@ -199,11 +201,11 @@ class Workbench:
         return Texts(self.tokenizer, longest, self.recipe.data.max_answers)
 
     @property
-    def model(self) -> Mplug:
+    def model(self) -> MplugModel:
         """The model on the meta device."""
         if not hasattr(self, "_model"):
             with torch.device("meta"):
-                self._model = Mplug(self.config)
+                self._model = MplugModel(self.config)
         return self._model
 
     @property
@@ -264,7 +266,7 @@ def build_parts(bench: Workbench, stage: StageSection, objectives: Mapping[str, 
     """The modules of a step of ``stage`` with ``objectives``, frozen as the stage says; weights are random or, on the
     meta device, none."""
     recipe, config = bench.recipe, bench.config
-    model = Mplug(config)
+    model = MplugModel(config)
     model.set_checkpointing(recipe.engine.checkpointing)
     tasks = bench.tasks | {"patches": PatchTask(config, model.visual.grid[0])}
     teacher, queue = build_teacher(model, recipe.teacher, objectives)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
 from mplug_core.weights.durable import replace_folder
@@ -47,7 +47,7 @@ class Loaded(Ready):
 
 def save_model(
     folder: str | Path,
-    model: Mplug,
+    model: MplugModel,
     tokenizer: Tokenizer,
     recipe: Recipe | None = None,
     card: str | None = None,
@@ -180,7 +180,7 @@ def load_model(
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
-        model = Mplug(stored.config)
+        model = MplugModel(stored.config)
     state = stored.state
     wanted = {name: value for name, value in state.items() if not name.startswith(skipped)} if skipped else state
     wanted = {n: v.to(device, dtype) if v.is_floating_point() else v.to(device) for n, v in wanted.items()}
@@ -196,12 +196,12 @@ def load_model(
     return Loaded(model.eval().requires_grad_(False), stored.tokenizer, stored.name, folder)
 
 
-def fill_buffers(model: Mplug, skipped: tuple[str, ...] = ()) -> None:
+def fill_buffers(model: MplugModel, skipped: tuple[str, ...] = ()) -> None:
     """Give a model that was built on the meta device the buffers that no file holds, such as window masks."""
     hollow = [name for name, buffer in model.named_buffers() if buffer.is_meta and not name.startswith(skipped or "\0")]
     if not hollow:
         return
-    computed = dict(Mplug(model.config).named_buffers())
+    computed = dict(MplugModel(model.config).named_buffers())
     for name in hollow:
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = computed[name].to(model.temperature.device)

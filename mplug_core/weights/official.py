@@ -2,7 +2,7 @@
 
 A checkpoint is a dict of tensors, perhaps under ``model`` or ``module``, perhaps with ``module.`` or ``model.`` before
 every name, with several spellings of the BERT parts. :func:`convert` gives a configuration and a state dict for
-:class:`~mplug_core.model.mplug.Mplug`, and accounts for every tensor: used, dropped and why, or missing.
+:class:`~mplug_core.model.mplug.MplugModel`, and accounts for every tensor: used, dropped and why, or missing.
 """
 
 from __future__ import annotations
@@ -296,10 +296,10 @@ def part_of(name: str) -> str:
 
 def missing_by_part(config: MplugConfig, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Our parameters that ``state`` doesn't hold, by part; CheckpointError for a wrong shape."""
-    from mplug_core.model.mplug import Mplug
+    from mplug_core.model.mplug import MplugModel
 
     with torch.device("meta"):
-        expected = Mplug(config).state_dict()
+        expected = MplugModel(config).state_dict()
     missing: dict[str, list[str]] = {}
     for name, value in expected.items():
         if name not in state:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mplug_core.data.text import Tokenizer, pad
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.text import TextEncoder
 from mplug_core.model.vision import resize_positions
 from mplug_core.weights.official import Account, layer_numbers
@@ -44,7 +44,7 @@ def find_part(name: str) -> Path:
     return Path(next(iter(found.submodule_search_locations))) / inside
 
 
-def load_visual(model: Mplug, name: str) -> str:
+def load_visual(model: MplugModel, name: str) -> str:
     """Fill the visual backbone: from timm by ``timm`` (needs network), or from a file whose tensors come in its order.
 
     Names may differ (a port of the same network has the same tensors in the same order); shapes may not.
@@ -128,7 +128,7 @@ def read_bert(config: MplugConfig, name: str, tokenizer: Tokenizer, initial: Ten
     return state
 
 
-def load_bert(model: Mplug, name: str, tokenizer: Tokenizer) -> str:
+def load_bert(model: MplugModel, name: str, tokenizer: Tokenizer) -> str:
     """Fill the text encoder from a BERT folder, and the decoder's word embeddings where they are as wide."""
     config = model.config
     words = model.text.embeddings.words.weight

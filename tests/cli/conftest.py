@@ -77,7 +77,7 @@ def save_random(folder: Path, box_bins: int = 0, **fields: Any) -> Path:
 
     from mplug_core.data.text import Tokenizer, build_vocabulary
     from mplug_core.model.config import MplugConfig
-    from mplug_core.model.mplug import Mplug
+    from mplug_core.model.mplug import MplugModel
     from mplug_core.weights.folder import save_model
 
     texts = ["a red ball on a green table", "two dogs run on the grass"]
@@ -91,7 +91,7 @@ def save_random(folder: Path, box_bins: int = 0, **fields: Any) -> Path:
     sizes |= {"vocab_size": tokenizer.vocab_size, "box_bins": box_bins}
     config = MplugConfig.named("tiny", vision=vision, **{**sizes, **fields})
     torch.manual_seed(0)
-    save_model(folder, Mplug(config), tokenizer)
+    save_model(folder, MplugModel(config), tokenizer)
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mplug_cli.drawing import draw_boxes
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 
 PHRASE = "the red ball"
 
@@ -74,8 +74,8 @@ def test_pixels_of_a_padded_picture(mplug, make_photo, tmp_path, boxes):
 
 def test_several_phrases_are_a_line_each_on_one_encoding(mplug, photo, boxes, monkeypatch):
     counts: list[int] = []
-    encode = Mplug.encode_image
-    monkeypatch.setattr(Mplug, "encode_image", lambda self, x: counts.append(len(x)) or encode(self, x))
+    encode = MplugModel.encode_image
+    monkeypatch.setattr(MplugModel, "encode_image", lambda self, x: counts.append(len(x)) or encode(self, x))
     boxes |= {"a": (0, 0, 0.5, 0.5), "two dogs": (0, 0, 1, 1)}
     assert mplug("ground", photo, "a", "two dogs", "--batch-size", "1").lines == ["0 0 20 15 a", "0 0 40 30 two dogs"]
     assert counts == [1]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mplug_core.data.images import open_image, placed_transform
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.reasoning import LABELS, judge
 from mplug_core.weights.folder import load_model
 
@@ -54,13 +54,13 @@ def test_the_order_of_images_counts(mplug, pair, able_folder):
 
 def test_one_image_stands_on_both_sides_and_is_fused_once(mplug, photo, able_folder, monkeypatch):
     fused: list[int] = []
-    fuse = Mplug.fuse
+    fuse = MplugModel.fuse
 
     def count(self, image, text, mask):
         fused.append(len(text))
         return fuse(self, image, text, mask)
 
-    monkeypatch.setattr(Mplug, "fuse", count)
+    monkeypatch.setattr(MplugModel, "fuse", count)
     (once,) = mplug("reason", photo, STATEMENT, "--json").objects
     (twice,) = mplug("reason", photo, photo, STATEMENT, "--json").objects
     assert fused == [1, 1]

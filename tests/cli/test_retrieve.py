@@ -252,13 +252,13 @@ def test_a_dual_encoder_has_nothing_to_rerank_by(mplug, photos, tmp_path, monkey
     import torch
 
     from mplug_core.model.config import MplugConfig
-    from mplug_core.model.mplug import Mplug
+    from mplug_core.model.mplug import MplugModel
     from mplug_core.weights.folder import load_model, save_model
 
     known = load_model(str(model_folder))
     config = MplugConfig(**{**known.config.model_dump(), "fusion": "none"})
     torch.manual_seed(0)
-    save_model(tmp_path / "dual", Mplug(config), known.tokenizer)
+    save_model(tmp_path / "dual", MplugModel(config), known.tokenizer)
     done = mplug("retrieve", "two dogs", photos, "--model", tmp_path / "dual", "--json")
     assert done.code == 0 and "match" not in done.objects[0]
     done = mplug("retrieve", "two dogs", photos, "--model", tmp_path / "dual", "--candidates", "4")

@@ -12,7 +12,7 @@ import torch
 
 from mplug_cli.app import main
 from mplug_core.data.images import open_image, placed_transform
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.vqa import VqaTask, answer_questions, rank_answers
 from mplug_core.weights.folder import load_model
 
@@ -28,13 +28,13 @@ def _model(model_folder):
 def encoded(monkeypatch):
     """How many images each call of the visual encoder got."""
     counts: list[int] = []
-    encode = Mplug.encode_image
+    encode = MplugModel.encode_image
 
     def count(self, pixels):
         counts.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(Mplug, "encode_image", count)
+    monkeypatch.setattr(MplugModel, "encode_image", count)
     return counts
 
 

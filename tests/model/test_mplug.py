@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from mplug_core.model.attention import DecoderCache
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.contrastive import contrastive_loss
 from tests.small import CLASSIFIERS, CNN, VIT, random_inputs, small_config, small_model
 
 FUSIONS = ("skip", "connected", "co", "asymmetric", "none")
 
 
-def full_loss(model: Mplug) -> torch.Tensor:
+def full_loss(model: MplugModel) -> torch.Tensor:
     """Something of every output that a training run reads: features, matching, masked words, decoder, classifiers."""
     image, ids, mask = random_inputs(model)
     text = model.encode_text(ids, mask)
@@ -197,6 +197,6 @@ def test_temperature_is_no_scalar() -> None:
 
 def test_configuration_determines_the_shapes() -> None:
     with torch.device("meta"):
-        model = Mplug(small_config(fusion="co", classifiers=CLASSIFIERS, box_bins=4))
+        model = MplugModel(small_config(fusion="co", classifiers=CLASSIFIERS, box_bins=4))
     assert all(p.is_meta for p in model.parameters())
     assert model.classifiers["statement"].hidden.in_features == 64

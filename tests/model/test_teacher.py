@@ -235,7 +235,7 @@ def test_queue_keeps_float32_takes_no_gradient_and_may_be_empty():
 def test_teacher_of_the_model_covers_the_fusion():
     config = pytest.importorskip("mplug_core.model.config")
     mplug = pytest.importorskip("mplug_core.model.mplug")
-    student = mplug.Mplug(config.MplugConfig.named("tiny"))
+    student = mplug.MplugModel(config.MplugConfig.named("tiny"))
     teacher = Teacher(student, 0.5)
     disturb(student)
     teacher.update(student)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mplug_core.generation import Decoding, generate
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.objectives.self_critical import advantage_loss, log_probabilities, self_critical, write_captions
 from mplug_core.recipe import SelfCriticalSection
 from tests.small import small_model
@@ -212,7 +212,7 @@ def share_of_wanted(written: list[list[list[int]]]) -> list[list[float]]:
 
 def learn(variant: str, reward: Any, steps: int = 30) -> tuple[float, float]:
     """Share of the wanted token in greedy captions before and after training by a reward."""
-    whole: Mplug = small_model(3, vocab_size=12, decoder_layers=1)
+    whole: MplugModel = small_model(3, vocab_size=12, decoder_layers=1)
     model = whole.decoder
     seen, mask = memory(8)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0)

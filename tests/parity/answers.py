@@ -12,7 +12,7 @@ from torch import Tensor
 from mplug_core.data.records import QuestionRecord
 from mplug_core.data.text import Tokenizer, build_vocabulary, clean_caption
 from mplug_core.generation import rank
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.model.teacher import Teacher
 from mplug_core.objectives.prefix_language import sequence_nll
 from mplug_core.tasks.task import Context, Texts
@@ -51,7 +51,7 @@ def loss(folder: Folder, name: str, checks: Checks) -> None:
 
 
 def distilled(
-    folder: Folder, name: str, checks: Checks, model: Mplug, conversion: Conversion, block: dict[str, Tensor]
+    folder: Folder, name: str, checks: Checks, model: MplugModel, conversion: Conversion, block: dict[str, Tensor]
 ) -> None:
     """Released distillation is none: its alpha never arrives. The teacher moves as ours does, but for its fusion."""
     entry, t = folder.fixture(name)
@@ -94,7 +94,7 @@ def ranking(folder: Folder, name: str, checks: Checks) -> None:
     compare_ranking(checks, folder.model(entry), t["in.question_states"], t["in.question_atts"], t)
 
 
-def compare_ranking(checks: Checks, model: Mplug, memory: Tensor, mask: Tensor, t: dict[str, Tensor]) -> None:
+def compare_ranking(checks: Checks, model: MplugModel, memory: Tensor, mask: Tensor, t: dict[str, Tensor]) -> None:
     """The released score counts the first token twice; the order by it differs from ours."""
     found = rank(model.decoder, memory, mask, t["in.answer_ids"], t["in.answer_mask"], first=int(t["in.k"]))
     twice, order = (found.log_likelihood + found.first).sort(-1, descending=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mplug_core.generation import Decoding, generate
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.objectives.self_critical import advantage_loss, log_probabilities
 from mplug_core.tasks.caption import CaptionTask
@@ -105,7 +105,7 @@ def released_decoding(description: str, best: int = 1) -> Decoding:
     return Decoding(strategy="released", beams=beams, min_tokens=shortest, max_tokens=longest, best=best)
 
 
-def compare_gradients(folder: Folder, name: str, model: Mplug, checks: Checks) -> None:
+def compare_gradients(folder: Folder, name: str, model: MplugModel, checks: Checks) -> None:
     """Each ``grad.NAME`` or ``grad.NAME.rowsFROM_TO`` of a fixture with the gradient of our parameter."""
     entry, t = folder.fixture(name)
     conversion = folder.conversion(entry)

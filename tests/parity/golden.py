@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.official import Conversion, convert
 
 ACTIVATION, LOSS, EXACT = 5e-5, 1e-4, 0.0
@@ -58,10 +58,10 @@ class Folder:
         bert = json.loads((self.path / entry["config"]["bert_config"]).read_text())
         return convert(self.weights if weights is None else weights, bert, image_size)
 
-    def model(self, entry: dict[str, Any], image_size: int | None = None) -> Mplug:
+    def model(self, entry: dict[str, Any], image_size: int | None = None) -> MplugModel:
         conversion = self.conversion(entry, image_size=image_size)
         conversion.require("visual", "text", "fusion", "decoder", "contrastive", "matching")
-        model = Mplug(conversion.config)
+        model = MplugModel(conversion.config)
         # the masked-language head is not among the released fine-tuning weights
         model.load_state_dict(conversion.state, strict=False)
         return model.eval()

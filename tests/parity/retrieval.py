@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mplug_core.metrics.retrieval import score_retrieval
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.matching import HardNegatives, hard_negatives
 from mplug_core.tasks.pairs import pair_losses
@@ -40,7 +40,7 @@ def student(name: str) -> str:
     return first.removesuffix("_m") + dot + rest
 
 
-def make_teacher(folder: Folder, entry: dict[str, Any], model: Mplug) -> Teacher:
+def make_teacher(folder: Folder, entry: dict[str, Any], model: MplugModel) -> Teacher:
     """A teacher of our model with the released teacher's weights."""
     theirs = {student(name): value for name, value in folder.weights.items() if name.split(".")[0].endswith("_m")}
     momentum = entry["config"]["momentum"]
@@ -77,7 +77,7 @@ def checks_of_step(
     t: dict[str, Tensor],
     step: str,
     stated: dict[str, Any],
-    model: Mplug,
+    model: MplugModel,
     teacher: Teacher,
     queue: FeatureQueue,
     alpha: float,
@@ -128,7 +128,7 @@ def checks_of_step(
 
 
 def step_losses(
-    model: Mplug, teacher: Teacher, queue: FeatureQueue, t: dict[str, Tensor], step: str, alpha: float
+    model: MplugModel, teacher: Teacher, queue: FeatureQueue, t: dict[str, Tensor], step: str, alpha: float
 ) -> dict[str, Tensor]:
     pixels, ids, mask = t[f"{step}in.image"].float(), t[f"{step}in.input_ids"], t[f"{step}in.attention_mask"]
     here = torch.arange(len(ids))
@@ -190,7 +190,7 @@ def video(folder: Folder, name: str, checks: Checks) -> None:
 
 
 def both_ways(
-    model: Mplug, images: ImageEncoding, ids: Tensor, mask: Tensor, k: int, how: Rerank
+    model: MplugModel, images: ImageEncoding, ids: Tensor, mask: Tensor, k: int, how: Rerank
 ) -> tuple[Tensor, Tensor]:
     """Scores [I, T] of images for texts and [T, I] of texts for images, with -100 where nothing was matched."""
     encoded = model.encode_text(ids, mask)

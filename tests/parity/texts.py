@@ -9,7 +9,7 @@ import torch
 
 from mplug_core.data.frames import uniform_frames
 from mplug_core.data.text import Tokenizer, clean_caption, clean_question, pad
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import OptimizerSection
 from mplug_core.training.optimizer import parameter_groups, scheduled_lr
 from tests.parity.golden import EXACT, Checks, Folder
@@ -119,7 +119,7 @@ def groups(folder: Folder, name: str, checks: Checks) -> None:
         same(checks, f"{task}: parameters of ours", compared > 0, True)
 
 
-def settled(model: Mplug, settings: OptimizerSection) -> dict[str, tuple[float, float]]:
+def settled(model: MplugModel, settings: OptimizerSection) -> dict[str, tuple[float, float]]:
     """(rate, weight decay) of our parameters by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {

@@ -21,7 +21,7 @@ from mplug_core.data.text import Tokenizer, clean_caption
 from mplug_core.errors import DataError, RecipeError
 from mplug_core.generation import Decoding
 from mplug_core.metrics import caption as metrics
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.self_critical import write_captions
 from mplug_core.recipe import DataSpec, SelfCriticalSection
 from mplug_core.tasks import caption
@@ -126,7 +126,7 @@ class Pupil:
         self.all, self.records, self.tokenizer = records, records[:6], tokenizer
         self.task = prepared(records, tokenizer)
         torch.manual_seed(0)
-        self.model = Mplug(
+        self.model = MplugModel(
             small_config(
                 vision={**CNN, "image_size": 48}, vocab_size=tokenizer.vocab_size, width=64, intermediate=128,
                 fusion_layers=2, text_layers=1, decoder_layers=1, max_positions=64,

@@ -16,7 +16,7 @@ from mplug_core.data.images import eval_transform, open_image
 from mplug_core.data.records import StatementRecord, read_entailments
 from mplug_core.data.text import Tokenizer, clean_caption
 from mplug_core.generation import Decoding
-from mplug_core.model.mplug import ImageEncoding, Mplug
+from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.box import bins_to_box, box_iou, box_to_bins
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import describe
@@ -52,7 +52,7 @@ class Lesson:
             vision={**CNN, "image_size": SIZE}, vocab_size=tokenizer.vocab_size, box_bins=tokenizer.bins,
             classifiers=CLASSIFIERS, width=64, intermediate=128, fusion_layers=2, text_layers=1, max_positions=64,
         )  # fmt: skip
-        self.model = Mplug(config)
+        self.model = MplugModel(config)
         self.ready = Ready(self.model, tokenizer)
         with torch.no_grad():  # the backbone stays as it is, which makes a lesson four times as fast
             self.features = self.model.visual(self.pixels)
@@ -197,7 +197,7 @@ def test_masked_words_and_the_rest_of_captions(lesson: Callable[..., Lesson]) ->
     assert pupil.learn(100, ("mlm", "prefix_lm")) < 0.1
 
 
-def gradient_parts(model: Mplug) -> set[str]:
+def gradient_parts(model: MplugModel) -> set[str]:
     """Children of the model that a backward pass has reached."""
     return {
         name

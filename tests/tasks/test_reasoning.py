@@ -15,7 +15,7 @@ from mplug_core.data.records import StatementRecord, read_entailments
 from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError, DataError
 from mplug_core.metrics.reasoning import submission
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.reasoning import LABELS, EntailmentTask, ReasoningTask, StatementTask, clean, judge, sides
 from mplug_core.tasks.registry import evaluated_task
@@ -78,8 +78,8 @@ def test_judging_is_the_classifier_on_the_joined_first_tokens(ready: Ready) -> N
 
 def test_an_image_on_both_sides_is_fused_once(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
-    fuse = Mplug.fuse
-    monkeypatch.setattr(Mplug, "fuse", lambda self, *args: counts.append(len(args[1])) or fuse(self, *args))
+    fuse = MplugModel.fuse
+    monkeypatch.setattr(MplugModel, "fuse", lambda self, *args: counts.append(len(args[1])) or fuse(self, *args))
     with torch.inference_mode():
         images = ready.model.encode_image(torch.randn(3, 3, 32, 32))
     mixed = judge(ready, "statement", images, [(0,), (0, 1), (2, 2), (1,)], ["a circle"] * 4)

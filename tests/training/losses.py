@@ -35,9 +35,9 @@ class Step(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from mplug_core.model.mplug import Mplug
+        from mplug_core.model.mplug import MplugModel
 
-        self.model = Mplug(small_config(vocab_size=32))
+        self.model = MplugModel(small_config(vocab_size=32))
 
     def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
         ones = torch.ones_like(ids)

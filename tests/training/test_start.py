@@ -10,7 +10,7 @@ import torch
 
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import CheckpointError, RecipeError
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import ModelSection
 from mplug_core.training.start import (
     changed_config,
@@ -32,15 +32,15 @@ def stored(**fields: Any) -> Stored:
     return Stored(model.config, WORDS, model.state_dict(), Path("start"))
 
 
-def started(start: Stored, section: dict[str, Any], tokenizer: Tokenizer = WORDS) -> tuple[Mplug, str]:
+def started(start: Stored, section: dict[str, Any], tokenizer: Tokenizer = WORDS) -> tuple[MplugModel, str]:
     """The model that a recipe's section makes of a start model, and the note on it."""
     config = changed_config(start.config, ModelSection(**section), tokenizer)
     torch.manual_seed(1)
-    model = Mplug(config).eval()
+    model = MplugModel(config).eval()
     return model, fill_from(model, tokenizer, start)
 
 
-def encodings(model: Mplug, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encodings(model: MplugModel, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([WORDS.encode("a red ball"), WORDS.encode("two dogs run")])
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_transformer_at_another_size_has_resized_positions() -> None:
 def test_convolutional_network_at_another_size_has_the_sines_of_that_size() -> None:
     start = stored(vision=CNN)
     model, note = started(start, {"vision": {"image_size": 64}})
-    fresh = Mplug(model.config)
+    fresh = MplugModel(model.config)
     assert "positions of cells computed for 4 x 4" in note
     assert torch.equal(model.grid_positions, fresh.grid_positions)
 
@@ -126,7 +126,7 @@ def test_new_words_start_as_the_mean_of_their_pieces() -> None:
         assert torch.equal(new[:-1], old) and torch.allclose(new[-1], old[ids].mean(0))
     # on the old words nothing has changed
     config = changed_config(start.config, ModelSection(), WORDS)
-    same = Mplug(config).eval()
+    same = MplugModel(config).eval()
     fill_from(same, WORDS, start)
     for one, other in zip(encodings(same, 32), encodings(model, 32), strict=True):
         assert torch.allclose(one, other[..., : one.shape[-1]], atol=1e-5)
@@ -168,7 +168,7 @@ def test_longer_texts_keep_the_positions_that_there_were() -> None:
 
 def test_temperature_is_what_the_recipe_says() -> None:
     start = stored()
-    model = Mplug(start.config)
+    model = MplugModel(start.config)
     fill_from(model, WORDS, start, temperature=0.5)
     assert model.temperature.item() == 0.5
 
@@ -192,7 +192,7 @@ def test_finer_levels_change_no_token_at_first() -> None:
     start = stored(vision=CNN)
     model, note = started(start, {"vision": {"levels": [1, 2]}})
     assert "channels of finer levels join the image tokens" in note and "from nothing" not in note
-    plain = Mplug(start.config).eval()
+    plain = MplugModel(start.config).eval()
     plain.load_state_dict(start.state)
     for mine, before in zip(encodings(model, 32), encodings(plain, 32), strict=True):
         assert torch.allclose(mine, before, atol=1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import CheckpointError
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import check_recipe, read_yaml
 from mplug_core.weights import durable
 from mplug_core.weights.durable import replace_folder
@@ -27,19 +27,19 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def model(tokenizer: Tokenizer) -> Mplug:
+def model(tokenizer: Tokenizer) -> MplugModel:
     return small_model(
         vocab_size=tokenizer.vocab_size, box_bins=4, classifiers=CLASSIFIERS, vision=CNN, summary_tokens=2
     )
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model: Mplug, tokenizer: Tokenizer) -> Path:
+def folder(tmp_path: Path, model: MplugModel, tokenizer: Tokenizer) -> Path:
     save_model(tmp_path / "m", model, tokenizer, card="# card\n")
     return tmp_path / "m"
 
 
-def test_round_trip_is_exact_in_fp32(tmp_path: Path, model: Mplug, tokenizer: Tokenizer) -> None:
+def test_round_trip_is_exact_in_fp32(tmp_path: Path, model: MplugModel, tokenizer: Tokenizer) -> None:
     save_model(tmp_path / "deep" / "m", model, tokenizer, dtype=torch.float32)
     loaded = load_model(str(tmp_path / "deep" / "m"))
     assert loaded.config == model.config and loaded.tokenizer.pieces == tokenizer.pieces
@@ -52,7 +52,7 @@ def test_round_trip_is_exact_in_fp32(tmp_path: Path, model: Mplug, tokenizer: To
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
 
 
-def test_default_is_half_the_size(folder: Path, model: Mplug) -> None:
+def test_default_is_half_the_size(folder: Path, model: MplugModel) -> None:
     stored = load_file(folder / "model.safetensors")
     assert all(t.dtype == torch.bfloat16 for t in stored.values() if t.is_floating_point())
     loaded = load_model(str(folder))
@@ -68,7 +68,7 @@ def test_files(folder: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o755
 
 
-def test_recipe_can_be_run_again(tmp_path: Path, model: Mplug, tokenizer: Tokenizer) -> None:
+def test_recipe_can_be_run_again(tmp_path: Path, model: MplugModel, tokenizer: Tokenizer) -> None:
     # 768 is the default of a field that the named size sets otherwise
     values = {"name": "x", "model": {"size": "tiny", "intermediate": 3072, "dropout": 0.1}, "optimizer": {"lr": 1e-5}}
     recipe = check_recipe(values)
@@ -85,7 +85,7 @@ def test_replaces_a_folder(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_failure_while_writing_leaves_the_old_one(
-    folder: Path, model: Mplug, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: MplugModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (folder / "model.safetensors").read_bytes()
 
@@ -118,7 +118,7 @@ def test_failure_while_renaming_puts_the_old_one_back(tmp_path: Path, monkeypatc
     assert (old / "a").read_text() == "old"
 
 
-def test_place_that_cannot_be_written(tmp_path: Path, model: Mplug, tokenizer: Tokenizer) -> None:
+def test_place_that_cannot_be_written(tmp_path: Path, model: MplugModel, tokenizer: Tokenizer) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         save_model(tmp_path / "file" / "m", model, tokenizer)

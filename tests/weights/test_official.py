@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mplug_core.errors import CheckpointError
-from mplug_core.model.mplug import Mplug
+from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.official import PARTS, canonical, convert, read_config, unwrap
 
 WIDTH, VISUAL, WORDS, POSITIONS, FEED = 16, 16, 30, 12, 24
@@ -168,7 +168,7 @@ def test_account_is_complete_and_the_model_loads(visual: int) -> None:
     assert not conversion.used.keys() & conversion.dropped.keys()
     assert "unknown" not in conversion.dropped.values()
     conversion.require(*PARTS)
-    model = Mplug(conversion.config)
+    model = MplugModel(conversion.config)
     model.load_state_dict(conversion.state, strict=True)
     assert (model.visual_projection is None) == (visual == WIDTH)
 
@@ -289,7 +289,7 @@ def test_image_size_resizes_positions() -> None:
     conversion = convert(released(), BERT, image_size=32)
     assert conversion.state["visual.backbone.pos_embed"].shape == (1, 17, VISUAL)
     assert conversion.config.vision.image_size == 32
-    Mplug(conversion.config).load_state_dict(conversion.state)
+    MplugModel(conversion.config).load_state_dict(conversion.state)
 
 
 def test_canonical_names() -> None:
