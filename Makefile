@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 IMAGE ?= examples/cat.jpg
+# test files that run at a time
+JOBS ?= 2
 
 # not in a shell's words: names may have spaces and quotes
 export IMAGE
@@ -22,7 +24,7 @@ caption: $(VENV)/.installed
 	@$(VENV)/bin/mplug caption -- "$$IMAGE"
 
 test: $(VENV)/.installed-test
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n "$(JOBS)" --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	@$(VENV)/bin/python -m pytest -m "slow or not slow"

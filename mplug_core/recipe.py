@@ -359,6 +359,9 @@ class Recipe(Section):
         default_factory=lambda: {"itc": 1.0, "itm": 1.0, "mlm": 1.0, "prefix_lm": 1.0}
     )
     label_smoothing: Fraction = 0.0
+    gather_gradient: bool = Field(
+        True, description="ITC without a teacher: gradient comes back from other processes' losses, too; false: not"
+    )
     freeze: list[str] = Field(default_factory=list)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
     self_critical: SelfCriticalSection = Field(default_factory=SelfCriticalSection)

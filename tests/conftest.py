@@ -20,7 +20,8 @@ from mplug_core.data.scenes import write_scenes
 from mplug_core.data.text import Tokenizer
 from tests.small import scene_tokenizer
 
-torch.set_num_threads(2)
+# where the tests share the cores, one each
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -71,9 +71,9 @@ class Context:
     """What a loss may need beside the model: distillation, queue, the other processes, and a place for counts.
 
     ``teacher_images`` gives the teacher's encoding of the batch's images, computed at the first call. ``gather``
-    joins detached features or ids of all processes, ``gather_with_gradient`` the student's features; ``autocast`` gives
-    the teacher the compute type of the run; ``counts`` are summed over steps and written to the metrics, ``figures``
-    are averaged over them.
+    joins detached features or ids of all processes, ``gather_with_gradient`` the student's features, as far as the run
+    sends gradient back to them; ``autocast`` gives the teacher the compute type of the run; ``counts`` are summed over
+    steps and written to the metrics, ``figures`` are averaged over them.
     """
 
     alpha: float = 0.0

@@ -64,6 +64,15 @@ class World:
         parts = all_gather(padded.contiguous())
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
+    def gather_own_gradient(self, rows: Tensor) -> Tensor:
+        """As :meth:`gather_rows`, but this process's own rows keep their gradient: that of its own loss alone."""
+        if self.size == 1:
+            return rows
+        counts = self.gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+        before = sum(counts[: self.rank])
+        others = self.gather_rows(rows.detach())
+        return torch.cat([others[:before], rows, others[before + len(rows) :]])
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""
         return self.sum([float(flag)])[0] > 0

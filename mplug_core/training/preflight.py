@@ -70,7 +70,7 @@ class SourceCheck:
 
 @dataclass
 class StageCost:
-    """What a stage takes. ``steps`` and what follows from it are None where only the data could tell."""
+    """What a stage takes. ``steps`` is None, and ``hours`` are empty, where only the data could tell."""
 
     stage: str
     steps: int | None
@@ -78,6 +78,7 @@ class StageCost:
     parameters: dict[str, dict[str, int]]
     flops: StepFlops | None
     memory: list[dict[str, Any]] = field(default_factory=list)
+    step_seconds: dict[str, float] = field(default_factory=dict)
     hours: dict[str, float] = field(default_factory=dict)
 
 
@@ -354,11 +355,10 @@ class _Check:
             return cost
         cost.flops = step_flops(bench, stage, each_objective=True)
         cost.memory = self._memory(bench, stage)
+        work = cost.flops.per_image * images / self.processes
+        cost.step_seconds = {name: work / (s["peak_flops"] * s["utilisation"]) for name, s in speeds.items()}
         if steps is not None:
-            work = cost.flops.per_image * images * steps / self.processes
-            cost.hours = {
-                name: work / (speed["peak_flops"] * speed["utilisation"]) / 3600 for name, speed in speeds.items()
-            }
+            cost.hours = {name: seconds * steps / 3600 for name, seconds in cost.step_seconds.items()}
         return cost
 
     def _steps(self, stage: StageSection, names: list[str]) -> int | None:

@@ -106,7 +106,7 @@ def build_context(
         teacher_images=teacher_images,
         queue=queue,
         gather=world.gather_rows,
-        gather_with_gradient=world.gather_with_gradient,
+        gather_with_gradient=world.gather_with_gradient if recipe.gather_gradient else world.gather_own_gradient,
         image_ids=None if imagined else batch.image_ids + offset,
         generator=generator,
         autocast=autocast,

@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -22,7 +23,7 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return image, text, torch.arange(sum(PARTS))
 
 
-def loss_of_process(rank: int, port: int, folder: str) -> None:
+def loss_of_process(rank: int, port: int, folder: str, gather: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=len(PARTS))
     world = World(rank, len(PARTS), rank)
@@ -30,8 +31,8 @@ def loss_of_process(rank: int, port: int, folder: str) -> None:
     image.requires_grad_(True)
     features = torch.nn.functional.normalize(image, dim=-1)
     keys = {
-        "image_keys": world.gather_with_gradient(features),
-        "text_keys": world.gather_with_gradient(text),
+        "image_keys": getattr(world, gather)(features),
+        "text_keys": getattr(world, gather)(text),
         "key_ids": world.gather_rows(ids),
     }
     loss = contrastive_loss(features, text, 0.1, ids, **keys).loss * len(ids)
@@ -40,17 +41,27 @@ def loss_of_process(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_processes_together_give_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gather", ["gather_with_gradient", "gather_own_gradient"])
+def test_processes_together_give_the_loss_and_gradient_of_one(tmp_path: Path, gather: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(loss_of_process, (port, str(tmp_path)), nprocs=len(PARTS))
+    mp.spawn(loss_of_process, (port, str(tmp_path), gather), nprocs=len(PARTS))
     losses, gradients, ids = zip(*(torch.load(tmp_path / f"{r}.pt") for r in range(len(PARTS))), strict=True)
 
     image, text, all_ids = pairs()
     image.requires_grad_(True)
-    loss = contrastive_loss(torch.nn.functional.normalize(image, dim=-1), text, 0.1, all_ids).loss * len(image)
-    loss.backward()
+    features = torch.nn.functional.normalize(image, dim=-1)
+    loss = contrastive_loss(features, text, 0.1, all_ids).loss * len(image)
+    if gather == "gather_with_gradient":
+        loss.backward()
+    else:  # to each process's features by its own loss alone
+        for own in torch.arange(len(image)).split(PARTS):
+            keys = features.detach().index_copy(0, own, features[own])
+            part = contrastive_loss(
+                features[own], text[own], 0.1, all_ids[own], image_keys=keys, text_keys=text, key_ids=all_ids
+            )
+            (part.loss * len(own)).backward(retain_graph=True)
     assert all(torch.equal(gathered, all_ids) for gathered in ids)
     torch.testing.assert_close(sum(losses), loss.detach())
     torch.testing.assert_close(torch.cat(gradients), image.grad)

@@ -84,6 +84,7 @@ def test_hours_follow_from_flops_and_speed(checked: tuple[Recipe, Preflight]) ->
     work = stage.flops.per_image * 12 * 6 / 2  # two devices share it
     assert (speed["precision"], speed["peak_flops"]) == ("fp32", DEVICE_FLOPS["a100"]["fp32"])
     assert stage.hours["a100"] == pytest.approx(work / (19.5e12 * speed["utilisation"]) / 3600)
+    assert stage.step_seconds["a100"] * 6 / 3600 == pytest.approx(stage.hours["a100"])
     assert found.hours["cpu"] > found.hours["a100"]
 
 
