@@ -80,7 +80,8 @@ def _stage_lines(cost: StageCost, found: Preflight) -> list[str]:
         f"stage {cost.stage}: {_counted(cost.steps, 'steps')} of {cost.images_per_step} images{_hours(cost.hours)}"
     ]
     if cost.step_seconds:
-        lines.append("  " + ", ".join(f"{seconds:.3g} s a step on {name}" for name, seconds in cost.step_seconds.items()))
+        speeds = [f"{seconds:.3g} s on {name}" for name, seconds in cost.step_seconds.items()]
+        lines.append(f"  a step takes {', '.join(speeds)}")
     for name, count in cost.parameters.items():
         if count["trained"] or count["frozen"]:
             parts = [f"{count[kind] / 1e6:.1f}M {kind}" for kind in ("trained", "frozen") if count[kind]]
