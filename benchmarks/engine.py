@@ -24,6 +24,7 @@ from step import RealStep
 
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import EngineSection, Recipe, check_recipe, load_recipe
+from mplug_core.training.allocator import keep_freed_memory
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine
 from mplug_core.training.workload import Workbench
@@ -121,7 +122,9 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="a table for a README")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    # as the trainer does
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     import deepspeed
 
     where = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "threads": arguments.threads}

@@ -70,7 +70,7 @@ def tiny_on(pack_folder: Path, run: Path, tasks: dict[str, float], augment: str 
         "run": {"folder": str(run), "log_every": 1, "save_every": 10_000},
     }  # fmt: skip
     values["data"] |= {"sources": {"pack": source}, "root": str(pack_folder)}
-    values["engine"] = {"name": "plain", "precision": "bf16", "threads": 1}
+    values["engine"] = {"name": "plain", "threads": 1}
     return check_recipe(values)
 
 

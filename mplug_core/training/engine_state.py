@@ -177,7 +177,7 @@ class ZeroState:
 def fresh_state(weight: Tensor, steps: float) -> dict[str, Tensor]:
     """Adam's state as PyTorch makes it before the first update, but for the count of updates."""
     averages = {key: torch.zeros_like(weight, memory_format=torch.preserve_format) for key in AVERAGES}
-    return {"step": torch.tensor(steps, dtype=torch.float32), **averages}
+    return {"step": torch.tensor(steps, dtype=torch.float32, device=weight.device), **averages}
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

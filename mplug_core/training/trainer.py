@@ -31,6 +31,7 @@ from mplug_core.tasks.registry import TASKS, evaluated_task
 from mplug_core.tasks.task import EvaluateOptions, Ready, Texts
 from mplug_core.training.agreement import together
 from mplug_core.training.alignment import Alignment
+from mplug_core.training.allocator import keep_freed_memory
 from mplug_core.training.checkpoint import (
     ANEW,
     latest_checkpoint,
@@ -91,6 +92,8 @@ class Trainer:
         if recipe.engine.threads:
             torch.set_num_threads(recipe.engine.threads)
         torch.set_flush_denormal(True)
+        if self.world.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(recipe.seed)
         self._render_scenes()
         self.stages = recipe.stages or [StageSection(name="train")]
