@@ -139,4 +139,4 @@ def test_deepspeed_configuration() -> None:
     assert config["bf16"]["enabled"] and config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     with pytest.raises(ValueError, match="bf16 needs zero_stage"):
-        EngineSection(zero_stage=0)
+        EngineSection(zero_stage=0, precision="bf16")
