@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -23,14 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mplug_core.data.shards.download import AGENT, web_opener
+from mplug_core.data.shards.download import AGENT
 from mplug_core.errors import CheckpointError
 from mplug_core.weights.durable import replace_text, sync_folder
 
 Report = Callable[[str, int, "int | None"], None]
 """Told what is downloaded, how many bytes of it are there, and of how many (None: unknown)."""
 
-TIMEOUT = 10.0
+CONNECT_TIMEOUT = 5.0
+"""Seconds after which a server that can't be reached is given up: where there is no network nobody should wait."""
+TIMEOUT = 20.0
 """Seconds without an answer, or without a byte, after which a connection is given up."""
 ATTEMPTS = 5
 """Attempts in a row that bring nothing; a server that was never reached gets one."""
@@ -354,7 +357,7 @@ def _open(remote: RemoteFile, headers: dict[str, str], again: bool = False) -> I
         remote.url, headers={"User-Agent": AGENT, "Accept-Encoding": "identity", **headers}
     )
     try:
-        answer = web_opener().open(request, timeout=TIMEOUT)
+        answer = _opener().open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and "Range" in headers:
@@ -369,6 +372,44 @@ def _open(remote: RemoteFile, headers: dict[str, str], again: bool = False) -> I
         raise _Broken("it leads to no http or https address", again=False)
     with answer:
         yield answer
+
+
+class _Reached:
+    """A connection that is made within CONNECT_TIMEOUT, and waits longer for answers."""
+
+    def connect(self) -> None:
+        patience, self.timeout = self.timeout, min(CONNECT_TIMEOUT, self.timeout)
+        super().connect()  # type: ignore[misc]
+        self.sock.settimeout(patience)  # type: ignore[attr-defined]
+
+
+class _Http(_Reached, http.client.HTTPConnection):
+    pass
+
+
+class _Https(_Reached, http.client.HTTPSConnection):
+    pass
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Http, request)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Https, request, context=ssl.create_default_context())
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Only http and https, also after a redirect; made anew, as variables may name another proxy."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler, _HttpHandler, _HttpsHandler, urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor, urllib.request.HTTPRedirectHandler,
+    ):  # fmt: skip
+        opener.add_handler(handler())
+    return opener
 
 
 def _refused(remote: RemoteFile, status: int) -> CheckpointError:

@@ -142,7 +142,7 @@ def pull(spec: str, offline: bool = False) -> Path:
         hint = f"mplug model pull {spec} where there is a network, or {places[0].by_hand}"
         raise CheckpointError(f"{spec} is not in the cache, and downloads are off", hint, "offline")
     faults: list[CheckpointError] = []
-    for source in places:
+    for source in sorted(places, key=lambda source: source.cached() is None):
         try:
             return source.pull(_report.get())
         except CheckpointError as error:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mplug_core.errors import CheckpointError
-from mplug_core.weights.download import TIMEOUT, Report, is_disk_error, no_place, sha256_of, unreachable
+from mplug_core.weights.download import Report, is_disk_error, no_place, sha256_of, unreachable
 from mplug_core.weights.repository import RepositoryName, model_in, wanted_files
 
+TIMEOUT = 10.0
+"""Seconds for the hub to answer what a model has; it is small, and says whether there is a network."""
 _HTTP_PACKAGES = ("httpx", "httpx2", "requests", "urllib3")
 """What huggingface_hub, depending on its version, lets the errors of through."""
 
@@ -97,7 +101,7 @@ class HuggingFaceModel:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Errors of the hub's package become one line each."""
-        from huggingface_hub import errors
+        from huggingface_hub import utils as errors  # versions before 0.25 have them only there
 
         where = f"{self.endpoint}/{self.repository.name}"
         try:
@@ -130,7 +134,10 @@ class HuggingFaceModel:
             if not from_network and not isinstance(error, (OSError, ValueError)):
                 raise
             inner = error.__cause__ or error
-            raise unreachable(where, str(inner) or type(inner).__name__, self.by_hand) from error
+            reason = re.sub(r"^\[Errno -?\d+\] ", "", str(inner)) or type(inner).__name__
+            if isinstance(error, json.JSONDecodeError):
+                reason = "it answers with no list of files"
+            raise unreachable(where, reason, self.by_hand) from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mplug_core.weights.download import (
     locked,
     read_listing,
     transfer,
+    unreachable,
 )
 from mplug_core.weights.durable import replace_folder
 from mplug_core.weights.repository import RepositoryName, model_in, wanted_files
@@ -42,6 +43,11 @@ class ModelScopeModel:
         return (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
 
     @property
+    def page(self) -> str:
+        """The address that people look at."""
+        return f"{self.endpoint}/models/{self.repository.name}"
+
+    @property
     def place(self) -> Path:
         """The model's folder, or the file; single files are kept apart from whole models."""
         name, file = self.repository.name, self.repository.file
@@ -50,8 +56,7 @@ class ModelScopeModel:
 
     @property
     def by_hand(self) -> str:
-        page = f"{self.endpoint}/models/{self.repository.name}"
-        return f"fetch {self.repository.file or 'its files'} by hand from {page} to {self.place}"
+        return f"fetch {self.repository.file or 'its files'} by hand from {self.page} to {self.place}"
 
     def cached(self) -> Path | None:
         """The model in the cache, without asking anybody; None where there is none."""
@@ -88,6 +93,8 @@ class ModelScopeModel:
                 raise self._absent() from error
             if error.code == "denied":
                 raise CheckpointError(f"{self.spec} wants a login", self.by_hand, "denied") from error
+            if error.code == "unreachable":
+                raise unreachable(self.page, error.__cause__, self.by_hand) from error
             raise
         try:
             if not answer.get("Success", True):
@@ -107,9 +114,8 @@ class ModelScopeModel:
             raise CheckpointError(f"{url} answers with no list of files", self.by_hand, "no_file") from error
 
     def _absent(self) -> CheckpointError:
-        where = f"{self.endpoint}/models/{self.repository.name}"
         at = f" at revision {self.repository.revision}" if self.repository.revision else ""
-        return CheckpointError(f"there is no {where}{at}", "check the name", "not_found")
+        return CheckpointError(f"there is no {self.page}{at}", "check the name", "not_found")
 
     def _is_current(self, wanted: dict[str, RemoteFile]) -> bool:
         return self._has_only(self.place, wanted) and all(

@@ -44,7 +44,7 @@ def wanted_files(files: Iterable[str], spec: str) -> list[str]:
 
     ``files`` are paths inside the repository that ``spec`` names; those in folders are left alone.
     """
-    top = sorted(file for file in files if "/" not in file and not file.startswith("."))
+    top = sorted(file for file in files if not {"/", "\\"} & set(file) and not file.startswith("."))
     whole = next((name for name in WHOLE if name in top), None)
     alone = [whole] if whole else [name for name in top if PurePosixPath(name).suffix in ALONE]
     if not alone:

@@ -17,7 +17,7 @@ AGENT = "Mozilla/5.0 (compatible; mplug)"
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
-def web_opener() -> urllib.request.OpenerDirector:
+def _opener() -> urllib.request.OpenerDirector:
     # no file:, ftp: or data: handler, which a redirect could otherwise reach
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -28,7 +28,7 @@ def web_opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-_OPENER = web_opener()
+_OPENER = _opener()
 
 
 def download(url: str, timeout: float = 20.0, attempts: int = 3, max_bytes: int = MAX_BYTES) -> bytes:
