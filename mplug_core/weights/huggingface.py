@@ -83,12 +83,18 @@ class HuggingFaceModel:
 
         had = isinstance(try_to_load_from_cache(self.repository.name, name, revision=commit), str)
         options: dict[str, Any] = {"revision": self.revision, "endpoint": self.endpoint}
-        if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # older versions have none for one file
+        if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # older versions take none for one file
             options["tqdm_class"] = _bar(name, report)
+        entry = listed.get(name)
+        size = getattr(entry, "size", None)
+        if not had:
+            report(name, 0, size)
         path = Path(hf_hub_download(self.repository.name, name, **options))
-        large = getattr(listed.get(name), "lfs", None)
-        expected = getattr(large, "sha256", None)
-        if not had and expected and sha256_of(path) != expected:
+        if had:
+            return path
+        report(name, path.stat().st_size, size)
+        expected = getattr(getattr(entry, "lfs", None), "sha256", None)
+        if expected and sha256_of(path) != expected:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise CheckpointError(
