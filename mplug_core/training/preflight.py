@@ -1,7 +1,8 @@
 """The check before a run: what a recipe trains, what it costs, whether its data and its disk are there.
 
-Nothing is trained, written or fetched, and no weights are allocated. What can't be known without the data is assumed,
-and said to be (:attr:`Preflight.notes`); what is wrong is found, not raised (:attr:`Preflight.faults`).
+Nothing is trained or written, and no weights are allocated; a start model that is only a name is downloaded. What can't
+be known without the data is assumed, and said to be (:attr:`Preflight.notes`); what is wrong is found, not raised
+(:attr:`Preflight.faults`).
 """
 
 from __future__ import annotations
