@@ -147,8 +147,9 @@ def check_target(target: Path, source: Path, force: bool) -> None:
     """MplugError unless ``target`` is free, or a model folder that may be replaced."""
     if not target.exists() and not target.is_symlink():
         return
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise MplugError(f"{target} is, or is in, the model that is exported", "name another folder")
+    here, there = target.resolve(), source.resolve()
+    if there in (here, *here.parents) or here in there.parents:
+        raise MplugError(f"{target} is where the model is that is exported", "name another folder")
     if not target.is_dir():
         raise MplugError(f"{target} is a file", "name a folder")
     if not any(target.iterdir()):
