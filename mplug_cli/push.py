@@ -10,6 +10,7 @@ import typer
 from mplug_cli import show
 from mplug_cli.streams import write_line
 from mplug_core.errors import UsageError
+from mplug_core.weights.target import Target
 
 if TYPE_CHECKING:
     from mplug_core.weights.publish import Push
@@ -35,11 +36,12 @@ def push(
     """
     if as_json and not dry_run:
         raise UsageError("--json is for --dry-run", "a push prints the address alone")
+    place = Target.parse(target)
 
-    from mplug_core.weights.publish import Target, prepare
+    from mplug_core.weights.publish import prepare
     from mplug_core.weights.publish import push as upload
 
-    plan = prepare(spec, Target.parse(target), private, revision, message, licence)
+    plan = prepare(spec, place, private, revision, message, licence)
     for text in plan.notes:
         show.note(text, quiet)
     if dry_run:

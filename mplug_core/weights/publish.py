@@ -18,42 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mplug_core.errors import CheckpointError, MplugError, RecipeError, UsageError
+from mplug_core.errors import CheckpointError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import check_recipe, read_yaml
 from mplug_core.weights.card import Card, published_card, read_card
 from mplug_core.weights.folder import find_model
 from mplug_core.weights.quantised import QUANTISATION
 from mplug_core.weights.summary import read_heads
+from mplug_core.weights.target import HUBS, Target
 
 FILES = ("config.json", "model.safetensors", "vocab.txt", "recipe.yaml", QUANTISATION)
 """What is published of a model folder, beside the card."""
 REQUIRED = ("config.json", "model.safetensors", "vocab.txt")
-_REPOSITORY = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
-HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A repository on a hub (``hf`` or ``ms``)."""
-
-    hub: str
-    repository: str
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """``hf:org/name`` or ``ms:org/name``; UsageError for anything else."""
-        hub, colon, repository = text.partition(":")
-        if hub not in HUBS or not colon:
-            raise UsageError(f"{text!r} names no hub", "hf:org/name or ms:org/name")
-        if "@" in repository:
-            raise UsageError(f"{text!r} has a revision", "give it by --revision")
-        if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-            raise UsageError(f"{repository!r} is no repository", f"{hub}:org/name")
-        return cls(hub, repository)
-
-    def __str__(self) -> str:
-        return f"{self.hub}:{self.repository}"
 
 
 @dataclass

@@ -17,7 +17,8 @@ from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import CheckpointError, MplugError, UsageError
 from mplug_core.weights.card import Card
 from mplug_core.weights.folder import load_model, save_model
-from mplug_core.weights.publish import Target, prepare, push
+from mplug_core.weights.publish import prepare, push
+from mplug_core.weights.target import Target
 from tests.small import small_model
 from tests.weights.upload_hub import UploadHub, serving
 
