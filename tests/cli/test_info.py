@@ -111,3 +111,23 @@ def test_damage_is_one_line(mplug, able_folder, tmp_path, damage):
 def test_no_model_is_one_line(mplug):
     done = mplug("model", "info", "/nowhere")
     assert done.code == 5 and "/nowhere" in done.error
+
+
+def test_released_checkpoint(mplug, tmp_path):
+    """What a checkpoint of a task lacks is named, and an export of it is a model folder."""
+    from mplug_core.data.text import Tokenizer
+    from tests.weights.test_official import released
+
+    tensors = {name: value for name, value in released().items() if not name.startswith("fusion_encoder.cls.")}
+    count = len(tensors["text_decoder.bert.embeddings.word_embeddings.weight"])
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    Tokenizer([*pieces, *(f"word{k}" for k in range(count - len(pieces)))]).save(tmp_path / "vocab.txt")
+    torch.save({"model": tensors}, tmp_path / "mplug.pth")
+    (found,) = mplug("model", "info", tmp_path / "mplug.pth", "--json").objects
+    assert found["kind"] == "released checkpoint" and found["name"] == "mplug"
+    assert found["bytes"] == (tmp_path / "mplug.pth").stat().st_size
+    assert list(found["missing"]) == ["masked"] and found["tasks"]["vqa"]["able"]
+    assert found["fusion"]["rule"] == "released" and found["image"]["backbone"].startswith("vit_")
+    done = mplug("model", "export", tmp_path / "mplug.pth", tmp_path / "native", "--dtype", "fp32")
+    assert done.code == 0 and load_model(str(tmp_path / "native")).config.rule == "released"
+    assert mplug("model", "push", tmp_path / "mplug.pth", "hf:a/b", "--dry-run").code == 5
