@@ -78,6 +78,7 @@ app.add_typer(model, name="model")
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
 app.add_typer(runs, name="runs")
+app.add_typer(model, name="model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

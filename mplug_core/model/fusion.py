@@ -87,7 +87,7 @@ class Fusion(nn.Module):
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         image_mask, text_mask = image_mask.bool(), text_mask.bool()
         for layer in self.layers:
-            if len(image) < len(text) and not isinstance(layer, AsymmetricLayer):
+            if image.shape[0] < text.shape[0] and not isinstance(layer, AsymmetricLayer):
                 # from here on the image stream knows the text, and each text has one of its own
                 image, image_mask = (t.repeat_interleave(len(text) // len(t), 0) for t in (image, image_mask))
             if self.checkpointing and torch.is_grad_enabled():

@@ -78,7 +78,7 @@ class SummaryTokens(nn.Module):
         # an engine may keep buffers in fp32 where the weights are bf16
         centred = ((feature - self.centre) * self.scale).to(feature.dtype)
         hidden = F.gelu(self.hidden(centred))
-        return self.norm(self.tokens(hidden).view(len(feature), self.count, -1))
+        return self.norm(self.tokens(hidden).view(feature.shape[0], self.count, -1))
 
 
 class Classifier(nn.Module):

@@ -75,7 +75,7 @@ def fill_from(model: MplugModel, tokenizer: Tokenizer, stored: Stored, temperatu
     and there is no way to fit it.
     """
     expected = model.state_dict()
-    state = {name: value.float() if value.is_floating_point() else value for name, value in stored.state.items()}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in stored.floats().items()}
     changes: list[str] = []
     fit_fusion(state, expected)
     if tokenizer.pieces != stored.tokenizer.pieces:

@@ -52,6 +52,7 @@ from mplug_core.training.stand_in import StandIn
 from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, new_vocabulary, words_without_piece
 from mplug_core.training.step import TrainStep
 from mplug_core.training.trackers import Followers, check_trackers
+from mplug_core.weights.card import model_card
 from mplug_core.weights.durable import replace_text
 from mplug_core.weights.folder import Stored, fill_buffers, read_model, save_model
 from mplug_core.weights.pretrained import class_name_features, load_bert, load_visual
@@ -481,7 +482,9 @@ class Trainer:
         if self.average is not None:
             state = self.average.model.state_dict()
         if self.world.is_first:
-            card = model_card(self.recipe, self.progress)
+            progress = self.progress
+            scores = progress.scores if progress.scores_at == progress.total else None
+            card = model_card(self.recipe.name, self.config, self.recipe, progress.total, scores)
             save_model((folder or self.folder) / name, self.model, self.tokenizer, self.recipe, card, state=state)
 
     def evaluate(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -500,20 +503,3 @@ class Trainer:
                 result = evaluated_task(task).evaluate(ready, self.recipe.placed(section), options)
                 metrics |= {f"{name}/{task}/{metric}": value for metric, value in result.metrics.items()}
         return metrics
-
-
-def model_card(recipe: Recipe, progress: Progress) -> str:
-    """``README.md`` of an exported model: what it was trained from and on, and its scores if it was just evaluated."""
-    origin = f" from {recipe.start.model}" if recipe.start.model else ""
-    lines = [f"# {recipe.name}", "", f"Trained{origin} for {progress.total} steps as `recipe.yaml` says, on:", ""]
-    for source in recipe.data.sources.values():
-        tasks = ", ".join(source.tasks)
-        lines.append(f"- {source.path}{f', split {source.split}' if source.split else ''} ({tasks})")
-    if progress.scores_at == progress.total and progress.scores:
-        lines += ["", "| metric | score |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in progress.scores.items()]
-        for name, section in recipe.evaluate.items():
-            part = f", split {section.split}" if section.split else ""
-            most = f", the first {section.limit}" if section.limit else ""
-            lines += ["", f"`{name}`: {section.path}{part}{most}."]
-    return "\n".join(lines) + "\n"

@@ -26,9 +26,10 @@ from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
 from mplug_core.weights import hub
 from mplug_core.weights.durable import replace_folder
-from mplug_core.weights.official import convert
+from mplug_core.weights.official import convert, missing_by_part
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
+from mplug_core.weights.quantised import check_quantisation, computes_int8, dequantise, is_quantised, with_int8_layers
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
@@ -52,17 +53,22 @@ def save_model(
     tokenizer: Tokenizer,
     recipe: Recipe | None = None,
     card: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     state: dict[str, torch.Tensor] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype``."""
+    """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype`` (None: as
+    it is); ``files`` are further texts by name."""
     folder = Path(folder)
     beside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         tensors = model.state_dict() if state is None else state
-        stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
+        stored = {
+            name: (t.to(dtype or t.dtype) if t.is_floating_point() else t).contiguous().cpu()
+            for name, t in tensors.items()
+        }
         save_file(stored, beside / "model.safetensors", metadata={"format": "pt"})
         model.config.save(beside / "config.json")
         tokenizer.save(beside / "vocab.txt")
@@ -72,6 +78,8 @@ def save_model(
             (beside / "recipe.yaml").write_text(text, encoding="utf-8")
         if card is not None:
             (beside / "README.md").write_text(card, encoding="utf-8")
+        for name, text in (files or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
         beside.chmod(0o755)
         replace_folder(beside, folder)
     except (OSError, SafetensorError) as error:
@@ -115,6 +123,10 @@ class Stored:
     path: Path
     missing: dict[str, list[str]] = field(default_factory=dict)
 
+    def floats(self) -> dict[str, torch.Tensor]:
+        """The tensors with int8 weights, where there are any, as floats."""
+        return dequantise(self.state) if is_quantised(self.state) else self.state
+
     @property
     def name(self) -> str:
         return hub.name_of(self.path)
@@ -131,13 +143,17 @@ def read_model(spec: str | None = None) -> Stored:
         raise CheckpointError(
             f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
         )
+    check_quantisation(folder)
     try:
         state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again"
         ) from error
-    return Stored(config, tokenizer, state, folder)
+    missing = {}
+    if not any(name.startswith("masked_head.") for name in state):  # exported from a checkpoint of a task
+        missing = {"masked": missing_by_part(config, state)["masked"]}
+    return Stored(config, tokenizer, state, folder, missing)
 
 
 def read_released(file: Path) -> Stored:
@@ -183,7 +199,9 @@ def load_model(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = MplugModel(stored.config)
-    state = stored.state
+    # int8 weights of an exported model stay as they are where the device computes with them
+    int8 = is_quantised(stored.state) and computes_int8(device, dtype)
+    state = with_int8_layers(model, stored.state) if int8 else stored.floats()
     wanted = {name: value for name, value in state.items() if not name.startswith(skipped)} if skipped else state
     wanted = {n: v.to(device, dtype) if v.is_floating_point() else v.to(device) for n, v in wanted.items()}
     try:

@@ -19,6 +19,8 @@ def test_help_and_usage_errors_do_without_torch():
         ["pretrain", "--recipe", "no-such-recipe"], ["caption", "--device", "gpu", "x.jpg"],
         ["vqa", "--help"], ["vqa"], ["vqa", "x.jpg"], ["ground", "x.jpg"], ["ground", "x.jpg", "a", "--draw", "x"],
         ["reason"], ["reason", "x.jpg", "y.jpg"], ["reason", "x.jpg", "--hypothesis", " "],
+        ["model", "--help"], ["model", "info", "--help"], ["model", "export", "x", "y", "--format", "z"],
+        ["model", "export", "x", "y", "--format", "onnx", "--dtype", "bf16"], ["model", "push", "x", "org/name"],
     ]  # fmt: skip
     code = (
         "import sys; from mplug_cli.app import main\n"

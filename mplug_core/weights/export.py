@@ -1,0 +1,167 @@
+"""A model for somewhere else: a folder of another number type, or with int8 weights, or at another image size.
+
+What is exported is a native folder again; :mod:`mplug_core.weights.onnx` writes graphs for other runtimes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.model.config import MplugConfig
+from mplug_core.model.mplug import MplugModel
+from mplug_core.model.vision import resize_positions
+from mplug_core.weights.folder import Stored, read_model, save_model
+from mplug_core.weights.official import missing_by_part
+from mplug_core.weights.quantised import QUANTISATION, describe_quantisation, quantise
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MARKS = ("config.json", "meta.json")
+"""Files by one of which a folder is known as a model, which an export may replace."""
+KEPT = ("README.md", "recipe.yaml")
+"""Texts that an exported folder takes over from the model that it was made of."""
+
+
+@dataclass
+class Source:
+    """A complete model to export: tensors as floats by our names, and the texts beside them."""
+
+    stored: Stored
+    state: dict[str, Tensor]
+    texts: dict[str, str]
+
+    @property
+    def config(self) -> MplugConfig:
+        return self.stored.config
+
+
+def read_source(spec: str | None, image_size: int | None = None) -> Source:
+    """A model by ``--model``'s rules, for images of ``image_size`` pixels (default: its own).
+
+    CheckpointError where parts are missing, or where the backbone takes no images of that size.
+    """
+    stored = read_model(spec)
+    # the masked head is for pre-training, and released checkpoints of tasks don't have it
+    absent = [names[0] for part, names in stored.missing.items() if part != "masked"]
+    if absent:
+        raise CheckpointError(f"{stored.path} lacks {absent[0]}", "mplug finetune --model makes a complete model of it")
+    state = dict(stored.floats())
+    config = stored.config
+    if image_size is not None and image_size != config.vision.image_size:
+        config = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
+        state |= resized(config, state)
+    folder = stored.path if stored.path.is_dir() else stored.path.parent
+    texts = {name: _read(folder / name) for name in KEPT if stored.path.is_dir() and (folder / name).is_file()}
+    return Source(replace(stored, config=config), state, texts)
+
+
+def resized(config: MplugConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``state`` that depend on the image size, for that of ``config``; the others must fit."""
+    model = MplugModel(config)
+    visual, size = model.visual, config.vision.image_size
+    if visual.is_transformer and size % visual.backbone.patch_embed.patch_size[0]:
+        patch = visual.backbone.patch_embed.patch_size[0]
+        near = (size // patch or 1) * patch
+        raise CheckpointError(f"{size} pixels are not whole patches of {patch}", f"--image-size {near}")
+    expected = model.state_dict()
+    changed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name not in expected or value.shape == expected[name].shape:
+            continue
+        if name == "visual.backbone.pos_embed":
+            prefix = visual.backbone.num_prefix_tokens
+            changed[name] = resize_positions(value[0], visual.grid, prefix)[None]
+        elif name == "grid_positions":
+            # where the cells of a grid lie is bilinear in the cells, too
+            changed[name] = resize_positions(value, visual.grid, 0)
+        else:
+            raise CheckpointError(
+                f"{name} can't be fitted to images of {size} pixels", f"it has shape {tuple(value.shape)}"
+            )
+    return changed
+
+
+def build(source: Source) -> MplugModel:
+    """The model itself, in fp32 and evaluation mode; a masked head that it came without is zero."""
+    model = MplugModel(source.config)
+    state = {name: value.float() if value.is_floating_point() else value for name, value in source.state.items()}
+    absent = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name not in state}
+    try:
+        model.load_state_dict(state | {name: v for name, v in absent.items() if name.startswith("masked_head.")})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{source.stored.path}: tensors don't fit config.json: {reason}") from error
+    return model.eval().requires_grad_(False)
+
+
+def export_safetensors(source: Source, target: Path, dtype: str, card: str, force: bool = False) -> None:
+    """Write a native folder in ``dtype`` (one of :data:`DTYPES`), whole or not at all.
+
+    CheckpointError for a weight that overflows the type, MplugError for a target that is in the way.
+    """
+    check_target(target, source.stored.path, force)
+    chosen = DTYPES[dtype]
+    if chosen == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        for name, value in source.state.items():
+            if value.is_floating_point() and float(value.abs().amax()) > largest:
+                raise CheckpointError(f"{name} holds numbers beyond the range of fp16", "--dtype bf16")
+    _save(source, target, source.state, chosen, card, {})
+
+
+def export_int8(source: Source, target: Path, dtype: str, card: str, force: bool = False) -> None:
+    """Write a native folder with int8 weights; what is not quantised is stored in ``dtype``."""
+    check_target(target, source.stored.path, force)
+    with torch.device("meta"):
+        model = MplugModel(source.config)
+    chosen = DTYPES[dtype]
+    state = quantise(model, source.state)
+    # scales stay in fp32: rounded, they would change all weights of their row in the same direction
+    stored = {
+        name: value.to(chosen) if value.is_floating_point() and name in source.state else value
+        for name, value in state.items()
+    }
+    _save(source, target, stored, None, card, {QUANTISATION: describe_quantisation(stored)})
+
+
+def _save(
+    source: Source, target: Path, state: dict[str, Tensor], dtype: torch.dtype | None, card: str, files: dict[str, str]
+) -> None:
+    with torch.device("meta"):
+        model = MplugModel(source.config)
+    missing = {part: names for part, names in missing_by_part(source.config, source.state).items() if part != "masked"}
+    unknown = source.state.keys() - model.state_dict().keys()
+    if missing or unknown:
+        name = next(iter(missing.values()))[0] if missing else min(unknown)
+        what = "lacks" if missing else "has an unknown tensor"
+        raise CheckpointError(f"{source.stored.path} {what} {name}", "config.json and weights are of different models")
+    texts = {name: text for name, text in source.texts.items() if name != "README.md"}
+    save_model(target, model, source.stored.tokenizer, card=card, dtype=dtype, state=state, files=texts | files)
+
+
+def check_target(target: Path, source: Path, force: bool) -> None:
+    """MplugError unless ``target`` is free, or a model folder that may be replaced."""
+    if not target.exists() and not target.is_symlink():
+        return
+    here, there = target.resolve(), source.resolve()
+    if there in (here, *here.parents) or here in there.parents:
+        raise MplugError(f"{target} is where the model is that is exported", "name another folder")
+    if not target.is_dir():
+        raise MplugError(f"{target} is a file", "name a folder")
+    if not any(target.iterdir()):
+        return
+    if not any((target / mark).is_file() for mark in MARKS):
+        raise MplugError(f"{target} is not empty and is no model folder", "name another folder")
+    if not force:
+        raise MplugError(f"{target} exists", "--force replaces it")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error

@@ -1,0 +1,67 @@
+"""``mplug model push``: to a hub on this machine, and dry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.weights.upload_hub import UploadHub, serving
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[UploadHub]:
+    with serving(monkeypatch, tmp_path) as served:
+        yield served
+
+
+def test_push_prints_the_address(mplug, hub, able_folder):
+    done = mplug("model", "push", able_folder, "hf:org/name", "--license", "mit", "-m", "first")
+    assert (done.code, done.err) == (0, "")
+    assert done.lines == [f"{hub.address}/org/name/commit/{'0' * 40}"]
+    assert hub.repositories["org/name"].messages == ["first"]
+    again = mplug("model", "push", able_folder, "hf:org/name")
+    assert (
+        again.code == 0 and "note: hf:org/name exists" in again.err and "note: the card states no licence" in again.err
+    )
+    assert mplug("model", "push", able_folder, "hf:org/name", "-q").err == ""
+
+
+def test_dry_run_uploads_nothing(mplug, hub, able_folder):
+    done = mplug("model", "push", able_folder, "hf:org/name", "--dry-run", "--private", "--revision", "v1")
+    assert done.code == 0 and hub.requests == []
+    assert done.lines[0] == "hf:org/name, branch v1 (private): Upload name"
+    assert any("model.safetensors" in line and "bytes" in line for line in done.lines)
+    assert "mplug caption photo.jpg --model hf:org/name" in done.lines
+    (found,) = mplug("model", "push", able_folder, "hf:org/name", "--dry-run", "--json").objects
+    assert found["target"] == "hf:org/name" and found["card"].startswith("---\nlibrary_name: mplug\n")
+    assert set(found["files"]) == {"README.md", "config.json", "model.safetensors", "vocab.txt"}
+
+
+def test_dry_run_needs_no_token(mplug, hub, able_folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert mplug("model", "push", able_folder, "ms:org/name", "--dry-run").code == 0
+    done = mplug("model", "push", able_folder, "hf:org/name", "-q")
+    assert done.code == 1 and "no token" in done.error and "HF_TOKEN" in done.error
+
+
+def test_refusals_are_one_line(mplug, hub, able_folder):
+    hub.refuse = ("/api/repos/create", 403)
+    done = mplug("model", "push", able_folder, "hf:org/name", "-q")
+    assert done.code == 1 and "may not write to hf:org/name" in done.error and done.out == ""
+
+
+@pytest.mark.parametrize("target", ["org/name", "hf:name", "gh:org/name", "hf:org/name@v1"])
+def test_targets_that_are_none(mplug, able_folder, target):
+    done = mplug("model", "push", able_folder, target)
+    assert (done.code == 2 and "hf:" in done.error) or "--revision" in done.error
+
+
+def test_json_is_for_dry_runs(mplug, able_folder):
+    assert mplug("model", "push", able_folder, "hf:org/name", "--json").code == 2
+
+
+def test_no_model_folder(mplug, tmp_path):
+    done = mplug("model", "push", tmp_path, "hf:org/name")
+    assert done.code == 5 and "mplug model export" in done.error
