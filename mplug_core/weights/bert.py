@@ -237,7 +237,7 @@ def fusion_start(
     if bert.has_head and words:
         taking.head("masked_head")
         parts.append("masked_head.")
-        fresh.append("head of masked words its own")
+        fresh.append("head of masked words taken")
     else:
         fresh.append("head of masked words fresh")
     start = taking.done(f"fusion: {_numbers(layers)} of {bert.name}, {', '.join(fresh)}")
@@ -265,7 +265,7 @@ def decoder_start(
         taking.head("decoder.head")
     else:
         fresh += r"|^decoder\.head\."
-    said = f"cross-attention fresh, {taking.words}, head {'its own' if bert.has_head else 'fresh'}"
+    said = f"cross-attention fresh, {taking.words}, prediction head {'taken' if bert.has_head else 'fresh'}"
     start = taking.done(f"decoder: {_numbers(layers)} of {bert.name}, {said}")
     start.require(expected, ["decoder."], fresh, bert.name)
     return start

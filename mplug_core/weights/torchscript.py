@@ -63,22 +63,26 @@ class _Module:
 
 
 class _Unpickler(pickle.Unpickler):
+    """Knows tensors and containers only. What a pickle can reach is made anew for each archive: it may change it."""
+
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self.archive, self.root = archive, root
+        self.module = type("Module", (_Module,), {})
+        self.known: dict[tuple[str, str], Any] = {
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *given: _rebuilt(*given),
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "device"): lambda name: name,
+            **{("torch", name): dtype for name, dtype in STORAGES.items()},
+            **{("torch.jit._pickle", name): lambda value, *_: value for name in LISTS},
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__":
-            return _Module
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuilt
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch.jit._pickle" and name in LISTS:
-            return _first
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
+            return self.module
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
+        return self.known[module, name]
 
     def persistent_load(self, pid: Any) -> Tensor:
         kind, dtype, key, _, count = pid
@@ -91,10 +95,6 @@ class _Unpickler(pickle.Unpickler):
 
 def _rebuilt(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     return torch.as_strided(storage, size, stride, offset)
-
-
-def _first(value: Any, *_: Any) -> Any:
-    return value
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

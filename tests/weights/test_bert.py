@@ -150,13 +150,16 @@ def test_what_is_said(bert: Path, tmp_path: Path) -> None:
     words = f"words by piece: {len(PIECES)} of {len(PIECES) + 2}"
     assert [origin.text for origin in load_language(model, whole_start(bert), tokenizer)] == [
         f"text: layers 0-1 of {bert}, {words}",
-        f"fusion: layers 2-5 of {bert}, cross-attention fresh, head of masked words its own",
-        f"decoder: layers 0-1 of {bert}, cross-attention fresh, {words}, head its own",
+        f"fusion: layers 2-5 of {bert}, cross-attention fresh, head of masked words taken",
+        f"decoder: layers 0-1 of {bert}, cross-attention fresh, {words}, prediction head taken",
         f"left out of {bert}: next-sentence head, pooler",
     ]
     bare = save_bert(tmp_path / "bare", make_bert(hidden_act="relu"), "bare")
     origins = load_language(model, whole_start(bare), tokenizer)
-    assert [origin.text.rpartition(", ")[2] for origin in origins[1:3]] == ["head of masked words fresh", "head fresh"]
+    assert [origin.text.rpartition(", ")[2] for origin in origins[1:3]] == [
+        "head of masked words fresh",
+        "prediction head fresh",
+    ]
     assert origins[2].warnings == [f"{bare} was trained with relu, the model computes gelu"]
 
 
