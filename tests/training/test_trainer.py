@@ -26,6 +26,7 @@ from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe
 from mplug_core.training.trainer import Trainer, train
 from mplug_core.weights.folder import load_model
 from tests.training.recipes import scene_recipe
+from tests.weights.test_bert import make_bert, save_bert
 
 ROOT = Path(__file__).parent.parent.parent
 TIMES = (
@@ -270,6 +271,27 @@ def test_start_from_a_model(scenes: Path, whole: Path, tmp_path: Path) -> None:
     deeper = scene_recipe(scenes, tmp_path / "deeper", f"start.model={whole}", "model.text_layers=2")
     Trainer(deeper, lambda kind, figures: notes.append(figures["text"]))
     assert any("from nothing: text" in note for note in notes)
+
+
+def test_start_from_a_bert(scenes: Path, tmp_path: Path) -> None:
+    """Text encoder, fusion and decoder; what went where is noted."""
+    bert = make_bert()
+    folder = save_bert(tmp_path / "bert", bert)
+    start = {"text": str(folder), "fusion": "text", "decoder": "text", "layers": {"decoder": [5]}}
+    notes: list[str] = []
+    recipe = scene_recipe(scenes, tmp_path / "run", "model.max_positions=48", start=start)
+    trainer = Trainer(recipe, lambda kind, figures: notes.append(figures["text"]))
+    assert [note.split(" of ")[0] for note in notes] == [
+        "text: layer 0", "fusion: layers 1-2", "decoder: layer 5", "left out"
+    ]  # fmt: skip
+    for part, number in (("text.layers.0", 0), ("fusion.layers.1.joint", 2), ("decoder.layers.0", 5)):
+        own = trainer.model.get_parameter(f"{part}.feed_forward.up.weight")
+        assert torch.equal(own, bert.bert.encoder.layer[number].intermediate.dense.weight), part
+    with pytest.raises(CheckpointError, match="start.layers.decoder: .* has no layer 6"):
+        Trainer(
+            scene_recipe(scenes, tmp_path / "run", "model.max_positions=48", "start.layers.decoder=[6]", start=start),
+            lambda *a: None,
+        )
 
 
 def test_cached_features_are_computed_once(scenes: Path, tmp_path: Path) -> None:
