@@ -8,15 +8,17 @@ beams, samples or candidates; only the prefix caches are reordered.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug_core.errors import UsageError
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.decoder import Decoder
+from mplug_core.recipe import describe, nearest
 
 
 class Decoding(BaseModel):
@@ -41,6 +43,52 @@ class Decoding(BaseModel):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     best: Annotated[int, Field(gt=0)] = 1
     use_cache: bool = True
+
+    def asked(self, n: int, **options: Any) -> Decoding:
+        """This with the ``options`` that are not None, for the ``n`` best texts.
+
+        Where no ``strategy`` is named, one beam is greedy, and several beams or texts are a beam search, with as many
+        beams as are named, or at least ``n``. A ``max_tokens`` below the usual ``min_tokens`` lowers them. UsageError
+        for options that contradict each other.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        for name in options.keys() - Decoding.model_fields:
+            raise UsageError(f"no decoding option {name}{nearest(name, Decoding.model_fields)}")
+        beams = options.get("beams")
+        if "strategy" not in options and (beams is not None or n > 1):
+            options["strategy"] = "greedy" if beams == 1 else "beam"
+        values = self.model_dump() | options | {"best": n}
+        searches = values["strategy"] in ("beam", "released")
+        if searches and beams is None:
+            values["beams"] = max(n, self.beams)
+        if "min_tokens" not in options:
+            values["min_tokens"] = min(self.min_tokens, values["max_tokens"])
+        try:
+            decoding = Decoding(**values)
+        except ValidationError as error:
+            raise UsageError(f"wrong decoding options: {'; '.join(map(describe, error.errors()))}") from error
+        if decoding.strategy == "sample" and beams is not None:
+            raise UsageError("beams are for a search, and strategy='sample' draws", "leave one of them out")
+        if decoding.strategy != "sample" and (drawing := options.keys() & {"top_p", "temperature"}):
+            raise UsageError(f"{min(drawing)} is for drawing", "add strategy='sample'")
+        if n > {"greedy": 1, "sample": n}.get(decoding.strategy, decoding.beams):
+            raise UsageError(f"n={n} needs at least as many beams", f"beams={n}")
+        if decoding.min_tokens > decoding.max_tokens:
+            raise UsageError(f"min_tokens={decoding.min_tokens} is above max_tokens={decoding.max_tokens}")
+        return decoding
+
+
+class DecodingOptions(TypedDict, total=False):
+    """What a call may change of a task's :class:`Decoding`, by the same names."""
+
+    strategy: Literal["greedy", "beam", "released", "sample"] | None
+    beams: int | None
+    min_tokens: int | None
+    max_tokens: int | None
+    length_penalty: float | None
+    no_repeat: int | None
+    top_p: float | None
+    temperature: float | None
 
 
 @dataclass(frozen=True)

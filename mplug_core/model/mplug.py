@@ -41,6 +41,9 @@ class ImageEncoding:
     def detach(self) -> ImageEncoding:
         return ImageEncoding(self.tokens.detach(), self.feature.detach(), self.mask)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImageEncoding:
+        return ImageEncoding(self.tokens.to(device, dtype), self.feature.to(device, dtype), self.mask.to(device))
+
     @classmethod
     def join(cls, parts: Iterable[ImageEncoding]) -> ImageEncoding:
         """Images of several encodings in one; shorter ones are padded and masked."""

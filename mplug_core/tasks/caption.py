@@ -32,11 +32,18 @@ from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, its score (see :class:`Decoding`) and the geometric mean of its token probabilities."""
+    """A generated text, its score (see :class:`Decoding`) and the geometric mean of its token probabilities.
+
+    ``others`` are the next best ones where several were asked for at once.
+    """
 
     text: str
     score: float
     confidence: float
+    others: tuple[Answer, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def forbidden_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -28,6 +28,7 @@ from mplug_core.weights.durable import replace_folder
 from mplug_core.weights.official import convert
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
+from mplug_core.weights.resolution import at_image_size
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
@@ -162,11 +163,13 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     without: Iterable[str] = (),
+    image_size: int | None = None,
 ) -> Loaded:
     """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
 
     Parameters are mapped from the file, not built and overwritten. ``without`` names parts that the task at hand does
-    not use (for captions ``text`` and ``fusion``): they stay on the meta device. CheckpointError for a folder that is
+    not use (for captions ``text`` and ``fusion``): they stay on the meta device. ``image_size`` has the model take
+    images of another size than its own. CheckpointError for a folder that is
     not a model or whose tensors don't fit its configuration.
     """
     stored = read_model(spec)
@@ -179,9 +182,11 @@ def load_model(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config, state = stored.config, stored.state
+    if image_size is not None:
+        config, state = at_image_size(config, state, image_size)
     with torch.device("meta"):
-        model = MplugModel(stored.config)
-    state = stored.state
+        model = MplugModel(config)
     wanted = {name: value for name, value in state.items() if not name.startswith(skipped)} if skipped else state
     wanted = {n: v.to(device, dtype) if v.is_floating_point() else v.to(device) for n, v in wanted.items()}
     try:
