@@ -35,11 +35,10 @@ from mplug_core.data.pictures import ImageSource, Picture, open_picture
 from mplug_core.data.text import clean_caption
 from mplug_core.device import choose_device
 from mplug_core.errors import CheckpointError, MplugError, UsageError
-from mplug_core.generation import DecodingOptions
+from mplug_core.generation import Answer, DecodingOptions
 from mplug_core.model.mplug import ImageEncoding
 from mplug_core.recipe import CLASSES
 from mplug_core.tasks.answering import AnswerBatch, Asked, Request, answer_requests
-from mplug_core.tasks.caption import Answer, CaptionTask
 from mplug_core.tasks.task import need
 from mplug_core.weights.folder import Loaded, load_model, save_model
 
@@ -452,7 +451,7 @@ class Mplug(Loaded):
         self, *, n: int = 1, seed: int | None = None, **decoding: Unpack[DecodingOptions]
     ) -> AnswerBatch[Answer]:
         """Captions of the first image of each question; arguments as of :meth:`caption`."""
-        from mplug_core.tasks.caption import describe
+        from mplug_core.tasks.caption import CaptionTask, describe
 
         chosen = CaptionTask.decoding.asked(n, **decoding)
         generator = self._generator(seed, chosen.strategy)

@@ -105,6 +105,22 @@ class Hypothesis:
         return float(torch.tensor(self.log_probability / max(len(self.ids), 1)).exp())
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, its score (see :class:`Decoding`) and the geometric mean of its token probabilities.
+
+    ``others`` are the next best ones where several were asked for at once.
+    """
+
+    text: str
+    score: float
+    confidence: float
+    others: tuple[Answer, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @torch.inference_mode()
 def generate(
     decoder: Decoder,
