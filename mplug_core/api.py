@@ -49,6 +49,8 @@ __all__ = ["Answer", "Box", "ImageSource", "Images", "Judgement", "Mplug", "Pict
 
 R = TypeVar("R")
 
+OFFLINE_VARIABLE = "MPLUG_OFFLINE"
+
 Images: TypeAlias = Iterable[ImageSource]
 """Several images; of an array or a tensor the first dimension."""
 
@@ -154,7 +156,7 @@ class Mplug(Loaded):
         """
         name = None if spec is None else os.fspath(spec)
         if revision is not None:
-            if not name or not name.startswith(("hf:", "ms:")) or "@" in name:
+            if not name or not name.lower().startswith(("hf:", "ms:")) or "@" in name:
                 raise UsageError(f"a revision is one of a repository, not of {name}", "hf:org/name or ms:org/name")
             name = f"{name}@{revision}"
         where = choose_device(None if device is None else str(device))
@@ -650,17 +652,17 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Have whatever would download know that it must not."""
-    before = os.environ.get("HF_HUB_OFFLINE")
+    """Have whatever would download know that it must not. Not ``HF_HUB_OFFLINE``: that is read once a process."""
+    before = os.environ.get(OFFLINE_VARIABLE)
     if wanted:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ[OFFLINE_VARIABLE] = "1"
     try:
         yield
     finally:
-        if wanted:
-            os.environ.pop("HF_HUB_OFFLINE")
-            if before is not None:
-                os.environ["HF_HUB_OFFLINE"] = before
+        if wanted and before is None:
+            del os.environ[OFFLINE_VARIABLE]
+        elif wanted:
+            os.environ[OFFLINE_VARIABLE] = before
 
 
 def _sources(images: ImageSource | Images, name: str) -> _Source | list[_Source]:

@@ -483,7 +483,7 @@ def test_another_image_size(tmp_path, photos, vision):
 
 
 def test_an_image_size_that_patches_do_not_fill(tmp_path):
-    with pytest.raises(CheckpointError, match="36 is no multiple of the patches' 8 pixels .try 32"):
+    with pytest.raises(CheckpointError, match="36.*8"):
         mplug_core.load(save_small(tmp_path / "m", vision=VIT), image_size=36)
 
 
@@ -499,14 +499,14 @@ def test_offline_is_for_one_call(folder, monkeypatch):
     seen = []
 
     def load_model(*arguments):
-        seen.append(os.environ.get("HF_HUB_OFFLINE"))
+        seen.append(os.environ.get("MPLUG_OFFLINE"))
         raise CheckpointError("no network")
 
     monkeypatch.setattr("mplug_core.api.load_model", load_model)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("MPLUG_OFFLINE", "0")
     with pytest.raises(CheckpointError):
         Mplug.from_pretrained(folder, local_files_only=True)
-    assert seen == ["1"] and os.environ["HF_HUB_OFFLINE"] == "0"
+    assert seen == ["1"] and os.environ["MPLUG_OFFLINE"] == "0"
 
 
 def test_a_revision_is_part_of_the_name(monkeypatch):
