@@ -110,7 +110,8 @@ def load(model: str | None, device: str | None, quiet: bool, without: tuple[str,
     """The model, with a note where it is the embedded one."""
     from mplug_core.api import Mplug
 
-    loaded = Mplug.from_pretrained(model, device=device, without=without)
+    with show.downloads(quiet):
+        loaded = Mplug.from_pretrained(model, device=device, without=without)
     if loaded.is_embedded:
         show.note("the embedded model is a small demonstration model and often wrong (--model takes another)", quiet)
     return loaded

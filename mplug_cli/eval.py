@@ -135,7 +135,8 @@ def evaluate(
 
     # before anything is computed: nothing is worse than an hour's predictions with nowhere to go
     out, submitted = _open(predictions, "--predictions"), _open(results, "--results")
-    loaded = load_model(model, choose_device(device))
+    with show.downloads(quiet):
+        loaded = load_model(model, choose_device(device))
     spec = DataSpec(path=data, split=split, format=layout, images=images)
     repeated = DataSpec(path=train, split=train_split) if train else None
     empty = False

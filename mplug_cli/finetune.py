@@ -23,7 +23,8 @@ def finetune(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="Start: a model or run folder, a released checkpoint (.pth), or mini, the embedded model. "
+            help="Start: a model or run folder, a released checkpoint (.pth), hf:org/name, ms:org/name, a URL, a name "
+            "of mplug model ls, or mini, the embedded model. "
             "Default: start.model of the recipe, else $MPLUG_MODEL, else mini.",
         ),
     ] = None,

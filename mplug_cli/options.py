@@ -7,7 +7,13 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str | None, typer.Option("--model", help="A model folder. Default: $MPLUG_MODEL, else the embedded model.")
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="A model or run folder, a released checkpoint, hf:org/name, ms:org/name, a URL, or a name of "
+        "mplug model ls. Default: $MPLUG_MODEL, else the embedded model.",
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:N or mps. Default: CUDA where there is any.")

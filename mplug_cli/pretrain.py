@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mplug_cli import options
+from mplug_cli import options, show
 from mplug_cli.launch import processes_wanted, run_in_processes
 from mplug_cli.preflight import show_check
 from mplug_cli.watch import watching
@@ -68,9 +68,11 @@ def run_recipe(settings: Recipe, folder: str | None, resume: str, devices: str, 
     if planned.dry_run:
         # of more devices than there are here, too
         count = int(devices) if devices.isdigit() and int(devices) else processes_wanted(devices, settings.engine.name)
-        show_check(settings, count, planned.device_names, planned.as_json)
+        with show.downloads(quiet):
+            show_check(settings, count, planned.device_names, planned.as_json)
         return
 
+    bring_start(settings, quiet)
     count = processes_wanted(devices, settings.engine.name)
     if count > 1:
         if code := run_in_processes(count, sys.argv[1:]):
@@ -81,3 +83,13 @@ def run_recipe(settings: Recipe, folder: str | None, resume: str, devices: str, 
 
     with watching(quiet) as watch:
         train(settings, resume, watch)
+
+
+def bring_start(settings: Recipe, quiet: bool) -> None:
+    """Have the model that a run starts from on this machine, before its processes look for it."""
+    from mplug_core.weights import hub
+
+    start = settings.start.model
+    if start and hub.is_remote(start) and not Path(start).exists():
+        with show.downloads(quiet):
+            hub.find(start)

@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+ANNOUNCED_BYTES = 20 << 20
+"""Files from this size on are announced where there is no terminal for a bar."""
 
 
 def on_terminal() -> bool:
@@ -73,3 +77,60 @@ def progress(what: str, total: int | None, quiet: bool = False) -> Iterator[Call
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def downloads(quiet: bool = False) -> Iterator[None]:
+    """While the block runs, models that are downloaded get a bar a file; without a terminal one line a large file."""
+    if quiet:
+        yield
+        return
+    from mplug_core.weights.hub import reported
+
+    if not on_terminal():
+        with reported(_Announced()):
+            yield
+        return
+    bars = _Bars()
+    try:
+        with reported(bars):
+            yield
+    finally:
+        bars.stop()
+
+
+class _Announced:
+    """Says once of each file that it is downloaded, if that takes time."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what not in self.seen and (total is None or total >= ANNOUNCED_BYTES):
+            note(f"downloading {what}" + (f", {total / 1e9:.2f} GB" if total else ""))
+        self.seen.add(what)
+
+
+class _Bars:
+    """A bar for each file; rich is loaded when the first bytes are there."""
+
+    def __init__(self) -> None:
+        self.display: Any = None
+        self.bars: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if self.display is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import TransferSpeedColumn as Speed
+
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), Speed())
+            self.display = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.display.start()
+        if what not in self.bars:
+            self.bars[what] = self.display.add_task(printable(what), total=total)
+        self.display.update(self.bars[what], completed=done, total=total)
+
+    def stop(self) -> None:
+        if self.display is not None:
+            self.display.stop()

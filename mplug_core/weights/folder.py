@@ -24,6 +24,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
+from mplug_core.weights import hub
 from mplug_core.weights.durable import replace_folder
 from mplug_core.weights.official import convert
 from mplug_core.weights.pickled import read_pickled
@@ -85,7 +86,8 @@ def save_model(
 def find_model(spec: str | None) -> Path:
     """The folder or file that ``spec``, else ``MPLUG_MODEL``, else the embedded model, stands for.
 
-    Of a run folder it is ``best/`` where there is one, else ``model/``.
+    Of a run folder it is ``best/`` where there is one, else ``model/``. What is no path may be a name that
+    :mod:`~mplug_core.weights.hub` knows: it is downloaded unless it is in the cache.
     """
     spec = spec or os.environ.get(MODEL_VARIABLE)
     if not spec or spec == "mini":
@@ -96,9 +98,9 @@ def find_model(spec: str | None) -> Path:
     if place.is_file():
         return place
     if not place.is_dir():
-        raise CheckpointError(
-            f"no model folder {spec}", "give a folder with config.json and model.safetensors, or a released checkpoint"
-        )
+        if hub.is_remote(spec):
+            return hub.find(spec)
+        raise CheckpointError(f"no model folder {spec}", hub.hint_for(spec))
     # a run folder holds its last model in model/, and the one with the best score in best/ where it was asked to
     inside = [place / name for name in ("best", "model") if (place / name / "model.safetensors").is_file()]
     return inside[0] if inside and not (place / "model.safetensors").exists() else place
@@ -116,7 +118,7 @@ class Stored:
 
     @property
     def name(self) -> str:
-        return self.path.stem if self.path.is_file() else self.path.name
+        return hub.name_of(self.path)
 
 
 def read_model(spec: str | None = None) -> Stored:

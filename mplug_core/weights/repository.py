@@ -1,0 +1,65 @@
+"""Repositories of models: how one is named, and which of its files make a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from mplug_core.errors import CheckpointError
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+"""Weights that are read together with the files beside them; of several the first."""
+ALONE = (".pth", ".pt", ".bin", ".safetensors")
+"""Suffixes of files that may hold a model by themselves."""
+BESIDE = (".json", ".yaml", ".txt", ".md")
+"""Suffixes of the small files beside weights: configuration, vocabulary, recipe, card."""
+_STEP = r"[\w-][\w.-]*"
+_NAME, _FILE, _REVISION = rf"(?P<name>{_STEP}/{_STEP})", rf"(?P<file>{_STEP}(?:/{_STEP})*)", r"(?P<revision>[^\s@]+)"
+_SPEC = re.compile(f"{_NAME}(?:/{_FILE})?(?:@{_REVISION})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RepositoryName:
+    """``org/name[/file][@revision]``: a whole model, or one file of it."""
+
+    name: str
+    file: str | None
+    revision: str | None
+
+    @classmethod
+    def parse(cls, scheme: str, text: str) -> RepositoryName:
+        """CheckpointError for what is no such name."""
+        match = _SPEC.fullmatch(text)
+        if match is None:
+            raise CheckpointError(
+                f"{scheme}:{text} names no model", f"{scheme}:org/name, {scheme}:org/name@revision", "bad_name"
+            )
+        return cls(match["name"], match["file"], match["revision"])
+
+
+def wanted_files(files: Iterable[str], spec: str) -> list[str]:
+    """The files that make the model, weights last: whoever has them has all. CheckpointError if there are none.
+
+    ``files`` are paths inside the repository that ``spec`` names; those in folders are left alone.
+    """
+    top = sorted(file for file in files if not {"/", "\\"} & set(file) and not file.startswith("."))
+    whole = next((name for name in WHOLE if name in top), None)
+    alone = [whole] if whole else [name for name in top if PurePosixPath(name).suffix in ALONE]
+    if not alone:
+        raise CheckpointError(f"{spec} holds no weights of a model", f"expected {WHOLE[0]}, {WHOLE[1]} or a .pth file")
+    if len(alone) > 1:
+        raise CheckpointError(f"{spec} holds several: {', '.join(alone)}", f"name one: {spec.split('@')[0]}/{alone[0]}")
+    return [name for name in top if PurePosixPath(name).suffix in BESIDE] + alone
+
+
+def model_in(folder: Path) -> Path | None:
+    """What is to be read of a folder of downloaded files: the folder, its only file of weights, or None."""
+    if any((folder / name).is_file() for name in WHOLE):
+        return folder
+    try:
+        alone = [f for f in folder.iterdir() if f.suffix in ALONE and not f.name.startswith(".") and f.is_file()]
+    except OSError:
+        return None
+    return alone[0] if len(alone) == 1 else None
