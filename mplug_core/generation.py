@@ -21,6 +21,9 @@ from mplug_core.model.decoder import Decoder
 from mplug_core.recipe import describe, nearest
 
 
+_SEARCHES = ("beam", "released")
+
+
 class Decoding(BaseModel):
     """How to generate. Lengths count new tokens: at least ``min_tokens`` before the end token, at most ``max_tokens``
     with it.
@@ -47,8 +50,8 @@ class Decoding(BaseModel):
     def asked(self, n: int, **options: Any) -> Decoding:
         """This with the ``options`` that are not None, for the ``n`` best texts.
 
-        Where no ``strategy`` is named, one beam is greedy, and several beams or texts are a beam search, with as many
-        beams as are named, or at least ``n``. A ``max_tokens`` below the usual ``min_tokens`` lowers them. UsageError
+        Where no ``strategy`` is named, one beam is greedy, and several beams or texts are a search: the usual one, or a
+        beam search where it is none. It has as many beams as are named, or at least ``n``. A ``max_tokens`` below the usual ``min_tokens`` lowers them. UsageError
         for options that contradict each other.
         """
         options = {name: value for name, value in options.items() if value is not None}
@@ -56,10 +59,10 @@ class Decoding(BaseModel):
             raise UsageError(f"no decoding option {name}{nearest(name, Decoding.model_fields)}")
         beams = options.get("beams")
         if "strategy" not in options and (beams is not None or n > 1):
-            options["strategy"] = "greedy" if beams == 1 else "beam"
+            search = self.strategy if self.strategy in _SEARCHES else "beam"
+            options["strategy"] = "greedy" if beams == 1 else search
         values = self.model_dump() | options | {"best": n}
-        searches = values["strategy"] in ("beam", "released")
-        if searches and beams is None:
+        if values["strategy"] in _SEARCHES and beams is None:
             values["beams"] = max(n, self.beams)
         if "min_tokens" not in options:
             values["min_tokens"] = min(self.min_tokens, values["max_tokens"])

@@ -371,6 +371,11 @@ def test_options_change_the_task_s_decoding():
     assert caption.asked(1) == caption and vqa.asked(1) == vqa
     assert caption.asked(8) == caption.model_copy(update={"beams": 8, "best": 8})
     assert caption.asked(1, max_tokens=3).min_tokens == 3
+    released = Decoding(strategy="released", min_tokens=8)
+    assert released.asked(7, max_tokens=6) == released.model_copy(
+        update={"beams": 7, "best": 7, "max_tokens": 6, "min_tokens": 6}
+    )
+    assert released.asked(1, beams=1).strategy == "greedy"
     assert vqa.asked(1, beams=3) == vqa.model_copy(update={"strategy": "beam", "beams": 3})
     assert vqa.asked(2) == vqa.model_copy(update={"strategy": "beam", "beams": Decoding().beams, "best": 2})
 
