@@ -418,6 +418,8 @@ class Mplug(Loaded):
         torch.Size([2, 3])
         """
 
+        need(self.model.image_projection is not None, "contrastive head")
+
         def feature(encoding: ImageEncoding, asked: list[Asked]) -> list[Tensor]:
             return list(encoding.feature[_rows(asked, self.device)].float().cpu())
 
@@ -550,6 +552,7 @@ class Mplug(Loaded):
 
         if isinstance(texts, str):
             raise UsageError("several texts are ranked", "give a list of them")
+        need(self.model.image_projection is not None, "contrastive head")
         listed = _texts(texts, "text")
         if rerank not in (None, "itc", "itm", "itm+itc"):
             raise UsageError(f"no rerank {rerank!r}", "itc, itm or itm+itc")

@@ -20,7 +20,6 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.decoder import Decoder
 from mplug_core.recipe import describe, nearest
 
-
 _SEARCHES = ("beam", "released")
 
 
@@ -51,8 +50,8 @@ class Decoding(BaseModel):
         """This with the ``options`` that are not None, for the ``n`` best texts.
 
         Where no ``strategy`` is named, one beam is greedy, and several beams or texts are a search: the usual one, or a
-        beam search where it is none. It has as many beams as are named, or at least ``n``. A ``max_tokens`` below the usual ``min_tokens`` lowers them. UsageError
-        for options that contradict each other.
+        beam search where it is none. It has as many beams as are named, or at least ``n``. A ``max_tokens`` below the
+        usual ``min_tokens`` lowers them. UsageError for options that contradict each other.
         """
         options = {name: value for name, value in options.items() if value is not None}
         for name in options.keys() - Decoding.model_fields:
