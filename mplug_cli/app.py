@@ -21,6 +21,7 @@ from mplug_cli.data import data
 from mplug_cli.eval import evaluate
 from mplug_cli.finetune import finetune
 from mplug_cli.ground import ground
+from mplug_cli.model import model
 from mplug_cli.pretrain import pretrain
 from mplug_cli.reason import reason
 from mplug_cli.recipe import recipe
@@ -75,6 +76,7 @@ app.command("finetune")(finetune)
 app.command("eval")(evaluate)
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
+app.add_typer(model, name="model")
 app.add_typer(runs, name="runs")
 
 

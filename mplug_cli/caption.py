@@ -63,8 +63,8 @@ def caption(
 
     from mplug_core.tasks.caption import CaptionTask, describe
 
-    decoding = CaptionTask.decoding.model_copy(update=settings)
     loaded = load(model, device, quiet, without=("text", "fusion"))
+    decoding = loaded.decoding("caption", CaptionTask.decoding).model_copy(update=settings)
     if seed is not None:
         torch.manual_seed(seed)
 
@@ -97,18 +97,24 @@ def _decoding(
     if not sample and beam is not None and n > beam:
         raise UsageError(f"--n {n} needs at least as many beams", f"--beam {n}")
     longest = max_tokens if max_tokens is not None else MAX_TOKENS
+    given = min_tokens is not None
     if min_tokens is None:
         min_tokens = min(MIN_TOKENS, longest)
     elif min_tokens > longest:
         raise UsageError(f"--min-tokens {min_tokens} is above --max-tokens", f"which is {longest}")
-    settings: dict[str, Any] = {"best": n, "max_tokens": longest, "min_tokens": min_tokens}
+    # what isn't asked for is as the model was made to write, else as the task says
+    settings: dict[str, Any] = {"best": n}
+    if max_tokens is not None:
+        settings["max_tokens"] = longest
+    if max_tokens is not None or given:
+        settings["min_tokens"] = min_tokens
     if top_p is not None:
         settings["top_p"] = top_p
     if sample:
         settings["strategy"] = "sample"
     elif beam == 1:
         settings["strategy"] = "greedy"
-    else:
+    elif beam is not None or n > 1:
         settings["beams"] = beam if beam is not None else max(n, BEAMS)
     return settings
 

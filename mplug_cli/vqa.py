@@ -82,9 +82,9 @@ def vqa(
     elif beam is not None or n > 1:
         beams = beam if beam is not None else max(n, VqaTask.decoding.beams)
         update |= {"strategy": "beam", "beams": beams}
-    decoding = VqaTask.decoding.model_copy(update=update)
     loaded = load(model, device, quiet)
     need(loaded.model.decoder is not None, "decoder")
+    decoding = loaded.decoding("vqa", VqaTask.decoding).model_copy(update=update)
 
     def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
         rows, texts = [a.rows[0] for a in asked], [a.question.text for a in asked]
