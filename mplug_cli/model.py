@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mplug_cli import options, show
+from mplug_cli.convert import convert
 from mplug_cli.streams import write_line
 from mplug_core.errors import SOME_INPUTS_FAILED, CheckpointError
 
@@ -121,3 +122,6 @@ def _as_object(released: Released, path: Path | None) -> dict[str, object]:
         "path": None if path is None else str(path),
         "places": [str(source.place) for source in sources(released.name)],
     }
+
+
+model.command("convert")(convert)

@@ -457,7 +457,7 @@ class Mplug(Loaded):
         """Captions of the first image of each question; arguments as of :meth:`caption`."""
         from mplug_core.tasks.caption import CaptionTask, describe
 
-        chosen = CaptionTask.decoding.asked(n, **decoding)
+        chosen = self.decoding("caption", CaptionTask.decoding).asked(n, **decoding)
         generator = self._generator(seed, chosen.strategy)
 
         def caption(images: ImageEncoding, asked: list[Asked]) -> list[Answer]:
@@ -478,7 +478,7 @@ class Mplug(Loaded):
         from mplug_core.tasks import vqa
 
         need(self.model.decoder is not None, "decoder")
-        chosen = vqa.VqaTask.decoding.asked(n, **decoding)
+        chosen = self.decoding("vqa", vqa.VqaTask.decoding).asked(n, **decoding)
         if choices is not None and any(value is not None for value in decoding.values()):
             raise UsageError("choices are ranked, and decoding options are for writing", "leave one of them out")
         generator = self._generator(seed, chosen.strategy)

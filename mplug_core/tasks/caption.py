@@ -141,7 +141,8 @@ class CaptionTask:
         decoding = options.decoding
         if decoding is None:
             # the grammar of scenes repeats itself: "and a small" comes before every small object
-            decoding = self.decoding.model_copy(update={"no_repeat": 0} if scene_graphs(records.source) else {})
+            scenes = {"no_repeat": 0} if scene_graphs(records.source) else {}
+            decoding = ready.decoding("caption", self.decoding).model_copy(update=scenes)
         predictions = []
         for images, drawn in evaluation:
             chosen = images[rows(drawn)]
