@@ -77,6 +77,7 @@ app.command("eval")(evaluate)
 app.add_typer(model, name="model")
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
+app.add_typer(model, name="model")
 app.add_typer(runs, name="runs")
 app.add_typer(model, name="model")
 

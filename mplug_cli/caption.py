@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mplug_cli import options
-from mplug_cli.answering import Asked, Question, Request, Requests, answer_requests, load
+from mplug_cli.answering import Question, Requests, load, write_answers
 from mplug_cli.device import check_device
 from mplug_cli.streams import Inputs, read_inputs
-from mplug_core.errors import MplugError, UsageError
+from mplug_core.errors import UsageError
+from mplug_core.tasks.answering import Request
 
 # The defaults of mplug_core.tasks.caption.CaptionTask.decoding, which can't be asked without torch.
 BEAMS, MIN_TOKENS, MAX_TOKENS = 6, 5, 25
 
 if TYPE_CHECKING:
-    from mplug_core.model.mplug import ImageEncoding
     from mplug_core.tasks.caption import Answer
 
 
@@ -59,22 +59,10 @@ def caption(
     check_device(device)
     inputs = read_inputs(list(images or []), null)
 
-    import torch
-
-    from mplug_core.tasks.caption import CaptionTask, describe
-
-    decoding = CaptionTask.decoding.model_copy(update=settings)
     loaded = load(model, device, quiet, without=("text", "fusion"))
-    if seed is not None:
-        torch.manual_seed(seed)
-
-    def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
-        rows = torch.tensor([a.rows[0] for a in asked], device=loaded.device)
-        return [_fields(captions, n > 1) for captions in describe(loaded, images[rows], decoding)]
-
-    answer_requests(
-        _as_requests(inputs), loaded, answer, _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
-        what="captions", failure="of the images could not be read",
+    write_answers(
+        _as_requests(inputs), loaded, loaded.captioner(n=n, **settings), lambda found: _fields(found, n > 1), _as_text,
+        batch_size=batch_size, as_json=as_json, quiet=quiet, what="captions", failure="of the images could not be read",
     )  # fmt: skip
 
 
@@ -87,7 +75,7 @@ def _decoding(
     top_p: float | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """The options as changes of the default ``Decoding``; UsageError where they contradict each other."""
+    """The options as ``Mplug.captioner`` takes them; UsageError where they contradict each other."""
     if not sample and (top_p is not None or seed is not None):
         raise UsageError(f"{'--top-p' if top_p is not None else '--seed'} needs --sample", "only draws are random")
     if sample and beam is not None:
@@ -97,20 +85,12 @@ def _decoding(
     if not sample and beam is not None and n > beam:
         raise UsageError(f"--n {n} needs at least as many beams", f"--beam {n}")
     longest = max_tokens if max_tokens is not None else MAX_TOKENS
-    if min_tokens is None:
-        min_tokens = min(MIN_TOKENS, longest)
-    elif min_tokens > longest:
+    if min_tokens is not None and min_tokens > longest:
         raise UsageError(f"--min-tokens {min_tokens} is above --max-tokens", f"which is {longest}")
-    settings: dict[str, Any] = {"best": n, "max_tokens": longest, "min_tokens": min_tokens}
-    if top_p is not None:
-        settings["top_p"] = top_p
+    lengths = {"min_tokens": min_tokens, "max_tokens": max_tokens}
     if sample:
-        settings["strategy"] = "sample"
-    elif beam == 1:
-        settings["strategy"] = "greedy"
-    else:
-        settings["beams"] = beam if beam is not None else max(n, BEAMS)
-    return settings
+        return {"strategy": "sample", "top_p": top_p, "seed": seed, **lengths}
+    return {"beams": beam, **lengths}
 
 
 def _as_requests(inputs: Inputs) -> Requests:
@@ -118,9 +98,12 @@ def _as_requests(inputs: Inputs) -> Requests:
     return Requests(items, inputs.plain, inputs.total)
 
 
-def _fields(captions: list[Answer], several: bool) -> dict[str, Any]:
+def _fields(best: Answer, several: bool) -> dict[str, Any]:
     """The best caption, and where several are wanted all of them."""
-    shown = [{"caption": a.text, "score": round(a.score, 4), "confidence": round(a.confidence, 4)} for a in captions]
+    shown = [
+        {"caption": a.text, "score": round(a.score, 4), "confidence": round(a.confidence, 4)}
+        for a in (best, *best.others)
+    ]
     return {**shown[0], **({"captions": shown} if several else {})}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,25 +11,25 @@ import typer
 
 from mplug_cli import options
 from mplug_cli.answering import (
-    Asked,
-    Picture,
     Question,
-    Request,
     Requests,
-    answer_requests,
     check_text,
     image_field,
     load,
     looks_like_image,
     requests_on_stdin,
     text_field,
+    write_answers,
 )  # fmt: skip
 from mplug_cli.device import check_device
 from mplug_cli.drawing import draw_boxes, place_for_picture
 from mplug_cli.streams import read_inputs
-from mplug_core.errors import MplugError, UsageError
+from mplug_core.errors import UsageError
+from mplug_core.tasks.answering import Asked, Request
 
 if TYPE_CHECKING:
+    from mplug_core.api import Box
+    from mplug_core.data.pictures import Picture
     from mplug_core.model.mplug import ImageEncoding
 
 EXPECTED = '{"image": PATH, "phrase": TEXT}'
@@ -79,38 +80,27 @@ def ground(
 
     place = nullcontext() if draw is None else place_for_picture(draw, only.images[0].name)
     with place as write:
-        from mplug_core.tasks.grounding import find_boxes
-        from mplug_core.tasks.task import need
-
         loaded = load(model, device, quiet)
-        need(loaded.model.decoder is not None, "decoder")
-        need(loaded.tokenizer.bins, "box tokens")
+        find = loaded.grounder()
 
-        def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
-            rows, texts = [a.rows[0] for a in asked], [a.question.text for a in asked]
-            boxes, confidence = find_boxes(loaded, images, rows, texts)
-            found = [
-                {"box": in_pixels(one.pictures[0], box), "confidence": round(sure, 4)}
-                for one, box, sure in zip(asked, boxes.tolist(), confidence.tolist(), strict=True)
-            ]
+        def find_and_note(images: ImageEncoding, asked: list[Asked]) -> Sequence[Any]:
+            found = find(images, asked)
             if draw is not None:
                 opened.append(asked[0].pictures[0])
-                drawn.extend((fields["box"], text) for fields, text in zip(found, texts, strict=True))
+                drawn.extend((_fields(box)["box"], one.question.text) for box, one in zip(found, asked, strict=True))
             return found
 
-        answer_requests(
-            requests, loaded, answer, as_text, batch_size=batch_size, as_json=as_json, quiet=quiet, what="boxes",
-            failure="of the phrases could not be found", keep_pictures=draw is not None,
+        write_answers(
+            requests, loaded, find_and_note, _fields, as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
+            what="boxes", failure="of the phrases could not be found", keep_pictures=draw is not None,
         )  # fmt: skip
         if write is not None:
             write(draw_boxes(opened[0].whole, drawn))
 
 
-def in_pixels(picture: Picture, box: list[float]) -> list[float]:
-    """A box of the model's square as x0, y0, x1, y1 in pixels of the upright picture, to a tenth."""
-    width, height = picture.size
-    shares = picture.placement.to_picture(box)
-    return [round(share * side, 1) for share, side in zip(shares, (width, height, width, height), strict=True)]
+def _fields(box: Box) -> dict[str, Any]:
+    """The corners to a tenth of a pixel."""
+    return {"box": [round(value, 1) for value in box.corners], "confidence": round(box.confidence, 4)}
 
 
 def _only(requests: Requests) -> Request | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from mplug_cli.convert import convert
 from mplug_cli.export import export
 from mplug_cli.info import info
 from mplug_cli.pull import ls, pull
@@ -20,5 +21,6 @@ def _group() -> None:
 model.command("ls")(ls)
 model.command("info")(info)
 model.command("pull")(pull)
+model.command("convert")(convert)
 model.command("export")(export)
 model.command("push")(push)

@@ -8,11 +8,8 @@ import typer
 
 from mplug_cli import options
 from mplug_cli.answering import (
-    Asked,
     Question,
-    Request,
     Requests,
-    answer_requests,
     check_text,
     image_field,
     load,
@@ -20,14 +17,16 @@ from mplug_cli.answering import (
     named_image,
     requests_on_stdin,
     text_field,
+    write_answers,
 )  # fmt: skip
 from mplug_cli.device import check_device
 from mplug_cli.streams import Input, read_inputs
-from mplug_core.errors import CheckpointError, DataError, MplugError, UsageError
+from mplug_core.errors import DataError, UsageError
 from mplug_core.recipe import CLASSES
+from mplug_core.tasks.answering import Request
 
 if TYPE_CHECKING:
-    from mplug_core.model.mplug import ImageEncoding
+    from mplug_core.api import Judgement
 
 EXPECTED = '{"images": [PATH, PATH], "statement": TEXT} or {"image": PATH, "hypothesis": TEXT}'
 
@@ -61,7 +60,6 @@ def reason(
     check_device(device)
     requests = _requests(list(arguments or []), hypothesis)
 
-    from mplug_core.tasks.reasoning import LABELS, judge
     from mplug_core.tasks.task import need
 
     loaded = load(model, device, quiet)
@@ -71,21 +69,8 @@ def reason(
         need(wanted in has, f"classifier {wanted}")
     need(has, f"classifier {' or '.join(CLASSES)}")
 
-    def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
-        results: list[dict[str, Any] | MplugError] = [
-            CheckpointError(f"this model has no classifier {a.question.classifier}") for a in asked
-        ]
-        for classifier in has:
-            mine = [place for place, a in enumerate(asked) if a.question.classifier == classifier]
-            if not mine:
-                continue
-            rows, texts = [asked[place].rows for place in mine], [asked[place].question.text for place in mine]
-            for place, probabilities in zip(mine, judge(loaded, classifier, images, rows, texts).tolist(), strict=True):
-                results[place] = _fields(dict(zip(LABELS[classifier], probabilities, strict=True)))
-        return results
-
-    answer_requests(
-        requests, loaded, answer, _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
+    write_answers(
+        requests, loaded, loaded.reasoner(), _fields, _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
         failure="of the statements could not be judged",
     )  # fmt: skip
 
@@ -136,10 +121,9 @@ def _parse(values: dict[str, Any]) -> Request:
     return Request(tuple(items), (_question(items, kind, text_field(values, kind)),))
 
 
-def _fields(probabilities: dict[str, float]) -> dict[str, Any]:
-    label = max(probabilities, key=probabilities.__getitem__)
-    shown = {name: round(value, 4) for name, value in probabilities.items()}
-    return {"label": label, "probability": shown[label], "probabilities": shown}
+def _fields(found: Judgement) -> dict[str, Any]:
+    shown = {name: round(value, 4) for name, value in found.probabilities.items()}
+    return {"label": found.label, "probability": shown[found.label], "probabilities": shown}
 
 
 def _as_text(question: Question, fields: dict[str, Any]) -> list[str]:

@@ -21,8 +21,8 @@ from mplug_core.recipe import nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mplug_core.api import Mplug, RankedText
     from mplug_core.search.gallery import Gallery, Hit
-    from mplug_core.weights.folder import Loaded
 
 CANDIDATES = 32
 """How many are re-ranked by default: each is encoded again, so fewer than in an evaluation."""
@@ -160,19 +160,18 @@ def read_captions_file(name: str) -> list[tuple[int, str]]:
 
 
 def _list_texts(
-    loaded: Loaded, image: Input, captions: Sequence[tuple[int, str]], as_json: bool, settings: dict[str, Any]
+    loaded: Mplug, image: Input, captions: Sequence[tuple[int, str]], as_json: bool, settings: dict[str, Any]
 ) -> None:
-    from mplug_core.search.gallery import find_texts
-
-    pixels = picture_opener(loaded)(image).pixels
-    hits = find_texts(loaded, pixels, [caption for _, caption in captions], **settings)
+    picture = picture_opener(loaded)(image)
+    rerank = settings["rerank"] if settings["candidates"] else "itc"
+    hits = loaded.rank(picture, [caption for _, caption in captions], **settings | {"rerank": rerank})
     for rank, hit in enumerate(hits, 1):
         number, caption = captions[hit.number]
         _write(image.name, rank, hit, {"text": caption, "line": number}, caption, as_json)
 
 
 def _list_images(
-    loaded: Loaded,
+    loaded: Mplug,
     texts: list[str],
     inputs: Inputs,
     as_json: bool,
@@ -226,7 +225,7 @@ def _nothing(gallery: Gallery) -> MplugError:
     return ImageError(f"none of the {len(gallery.failed)} images can be used, first: {gallery.failed[0][1]}")
 
 
-def _write(query: str, rank: int, hit: Hit, what: dict[str, Any], name: str, as_json: bool) -> None:
+def _write(query: str, rank: int, hit: Hit | RankedText, what: dict[str, Any], name: str, as_json: bool) -> None:
     if as_json:
         more = {} if hit.match is None else {"similarity": round(hit.similarity, 4), "match": round(hit.match, 4)}
         write_line(json_line({"query": query, "rank": rank, **what, "score": round(hit.score, 4), **more}))

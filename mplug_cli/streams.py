@@ -8,19 +8,15 @@ Python's buffered reader would hold a lock that the end of the process needs.
 from __future__ import annotations
 
 import glob
-import http.client
 import json
 import os
-import re
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from mplug_core.data import web
 from mplug_core.errors import ImageError, MplugError, UsageError
 
 if TYPE_CHECKING:
@@ -28,12 +24,9 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 MAX_STREAM_BYTES = 256 << 20
-MAX_DOWNLOAD_BYTES = 64 << 20
-DOWNLOAD_SECONDS = 60
-CONNECT_SECONDS = 15
+MAX_DOWNLOAD_BYTES = web.MAX_BYTES
 
 _CHUNK = 1 << 16
-_URL = re.compile(r"https?://", re.IGNORECASE)
 _STDIN = "-"
 # How image files begin; a path never does.
 _IMAGE_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -84,7 +77,7 @@ def _named(argument: str) -> list[Input]:
 
 def _expand(name: str) -> list[Input]:
     """A path, pattern or address as images; what can't be is one input with a fault."""
-    if _URL.match(name):
+    if web.is_address(name):
         return [Input(name)]
     if os.path.isdir(name):
         return _folder(name)
@@ -194,20 +187,10 @@ def open_input(item: Input, target: int | None = None) -> Image.Image:
     if item.fault is not None:
         raise item.fault
     if item.on_stdin:
-        return _open_bytes(_image_on_stdin(), "the image on standard input", target)
-    if _URL.match(item.name):
-        return _open_bytes(download(item.name), item.name, target)
+        return open_image(_image_on_stdin(), target=target, name="the image on standard input")
+    if web.is_address(item.name):
+        return open_image(download(item.name), target=target, name=item.name)
     return open_image(item.name, target=target)
-
-
-def _open_bytes(data: bytes, name: str, target: int | None) -> Image.Image:
-    from mplug_core.data.images import open_image
-
-    try:
-        return open_image(data, target=target)
-    except ImageError as error:
-        # bytes have no name of their own
-        raise ImageError(error.message.replace("the image data", name, 1), error.hint, error.code) from error
 
 
 def _image_on_stdin() -> bytes:
@@ -223,35 +206,8 @@ def _image_on_stdin() -> bytes:
 
 
 def download(address: str) -> bytes:
-    """What is at an http(s) address; ImageError where it can't be had in a minute, or is too large."""
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    try:
-        request = urllib.request.Request(address, headers={"User-Agent": "mplug", "Accept": "image/*"})
-        with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as answer:
-            data = bytearray()
-            while chunk := answer.read1(_CHUNK):
-                data += chunk
-                if len(data) > MAX_DOWNLOAD_BYTES:
-                    limit = f"more than {MAX_DOWNLOAD_BYTES >> 20} MB"
-                    raise ImageError(f"{address} has {limit}", "download it and scale it down", "too_large")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-            return bytes(data)
-    except urllib.error.HTTPError as error:
-        code = "missing" if error.code in (404, 410) else "unreadable"
-        reason = f"{error.code} {error.reason}".strip()
-        raise ImageError(f"{address}: the server answers {reason}", "check the address", code) from error
-    except TimeoutError as error:
-        raise ImageError(f"{address}: no answer in time", "try again, or download it yourself", "unreadable") from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            reason = "no answer in time"
-        else:
-            reason = getattr(error.reason, "strerror", None) or str(error.reason)
-        raise ImageError(f"{address}: {reason}", "is there network? Files work without", "unreadable") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ImageError(f"{address}: {reason}", "check the address and the network", "unreadable") from error
+    """What is at an http(s) address; ImageError where it can't be had, or is larger than a command takes."""
+    return web.download(address, MAX_DOWNLOAD_BYTES)
 
 
 def write_line(text: str) -> None:

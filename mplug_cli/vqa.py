@@ -9,24 +9,22 @@ import typer
 
 from mplug_cli import options
 from mplug_cli.answering import (
-    Asked,
     Question,
-    Request,
     Requests,
-    answer_requests,
     check_text,
     image_field,
     load,
     looks_like_image,
     requests_on_stdin,
     text_field,
+    write_answers,
 )  # fmt: skip
 from mplug_cli.device import check_device
 from mplug_cli.streams import read_inputs
-from mplug_core.errors import DataError, MplugError, UsageError
+from mplug_core.errors import DataError, UsageError
+from mplug_core.tasks.answering import Request
 
 if TYPE_CHECKING:
-    from mplug_core.model.mplug import ImageEncoding
     from mplug_core.tasks.caption import Answer
 
 EXPECTED = '{"image": PATH, "question": TEXT}'
@@ -71,33 +69,10 @@ def vqa(
     candidates = read_answers(answers) if answers is not None else None
     requests = _requests(list(arguments or []), list(questions or []))
 
-    import torch
-
-    from mplug_core.tasks.task import need
-    from mplug_core.tasks.vqa import VqaTask, answer_questions, rank_answers
-
-    update: dict[str, Any] = {"best": n}
-    if beam == 1:
-        update["strategy"] = "greedy"
-    elif beam is not None or n > 1:
-        beams = beam if beam is not None else max(n, VqaTask.decoding.beams)
-        update |= {"strategy": "beam", "beams": beams}
-    decoding = VqaTask.decoding.model_copy(update=update)
     loaded = load(model, device, quiet)
-    need(loaded.model.decoder is not None, "decoder")
-
-    def answer(images: ImageEncoding, asked: list[Asked]) -> list[dict[str, Any] | MplugError]:
-        rows, texts = [a.rows[0] for a in asked], [a.question.text for a in asked]
-        with torch.inference_mode():
-            if candidates is not None:
-                found = rank_answers(loaded, images, rows, texts, candidates)
-            else:
-                found = answer_questions(loaded, images, rows, texts, decoding)
-        return [_fields(answers[:n], n > 1) for answers in found]
-
-    answer_requests(
-        requests, loaded, answer, _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet,
-        failure="of the questions could not be answered",
+    write_answers(
+        requests, loaded, loaded.answerer(choices=candidates, n=n, beams=beam), lambda found: _fields(found, n > 1),
+        _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet, failure="of the questions could not be answered",
     )  # fmt: skip
 
 
@@ -141,9 +116,9 @@ def read_answers(file: Path) -> list[str]:
     return found
 
 
-def _fields(found: list[Answer], several: bool) -> dict[str, Any]:
+def _fields(best: Answer, several: bool) -> dict[str, Any]:
     """The best answer, and where several are wanted all of them."""
-    shown = [{"answer": a.text, "confidence": round(a.confidence, 4)} for a in found]
+    shown = [{"answer": a.text, "confidence": round(a.confidence, 4)} for a in (best, *best.others)]
     return {**shown[0], **({"answers": shown} if several else {})}
 
 

@@ -27,7 +27,7 @@ class MplugError(Exception):
 
 
 class UsageError(MplugError):
-    """The command line itself is wrong."""
+    """The command line, or a call, is itself wrong."""
 
     exit_code = 2
     default_code = "usage"

@@ -8,15 +8,19 @@ beams, samples or candidates; only the prefix caches are reordered.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug_core.errors import UsageError
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.decoder import Decoder
+from mplug_core.recipe import describe, nearest
+
+_SEARCHES = ("beam", "released")
 
 
 class Decoding(BaseModel):
@@ -42,6 +46,52 @@ class Decoding(BaseModel):
     best: Annotated[int, Field(gt=0)] = 1
     use_cache: bool = True
 
+    def asked(self, n: int, **options: Any) -> Decoding:
+        """This with the ``options`` that are not None, for the ``n`` best texts.
+
+        Where no ``strategy`` is named, one beam is greedy, and several beams or texts are a search: the usual one, or a
+        beam search where it is none. It has as many beams as are named, or at least ``n``. A ``max_tokens`` below the
+        usual ``min_tokens`` lowers them. UsageError for options that contradict each other.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        for name in options.keys() - Decoding.model_fields:
+            raise UsageError(f"no decoding option {name}{nearest(name, Decoding.model_fields)}")
+        beams = options.get("beams")
+        if "strategy" not in options and (beams is not None or n > 1):
+            search = self.strategy if self.strategy in _SEARCHES else "beam"
+            options["strategy"] = "greedy" if beams == 1 else search
+        values = self.model_dump() | options | {"best": n}
+        if values["strategy"] in _SEARCHES and beams is None:
+            values["beams"] = max(n, self.beams)
+        if "min_tokens" not in options:
+            values["min_tokens"] = min(self.min_tokens, values["max_tokens"])
+        try:
+            decoding = Decoding(**values)
+        except ValidationError as error:
+            raise UsageError(f"wrong decoding options: {'; '.join(map(describe, error.errors()))}") from error
+        if decoding.strategy == "sample" and beams is not None:
+            raise UsageError("beams are for a search, and strategy='sample' draws", "leave one of them out")
+        if decoding.strategy != "sample" and (drawing := options.keys() & {"top_p", "temperature"}):
+            raise UsageError(f"{min(drawing)} is for drawing", "add strategy='sample'")
+        if n > {"greedy": 1, "sample": n}.get(decoding.strategy, decoding.beams):
+            raise UsageError(f"n={n} needs at least as many beams", f"beams={n}")
+        if decoding.min_tokens > decoding.max_tokens:
+            raise UsageError(f"min_tokens={decoding.min_tokens} is above max_tokens={decoding.max_tokens}")
+        return decoding
+
+
+class DecodingOptions(TypedDict, total=False):
+    """What a call may change of a task's :class:`Decoding`, by the same names."""
+
+    strategy: Literal["greedy", "beam", "released", "sample"] | None
+    beams: int | None
+    min_tokens: int | None
+    max_tokens: int | None
+    length_penalty: float | None
+    no_repeat: int | None
+    top_p: float | None
+    temperature: float | None
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -55,6 +105,22 @@ class Hypothesis:
     def confidence(self) -> float:
         """Geometric mean of the token probabilities, 0 .. 1."""
         return float(torch.tensor(self.log_probability / max(len(self.ids), 1)).exp())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, its score (see :class:`Decoding`) and the geometric mean of its token probabilities.
+
+    ``others`` are the next best ones where several were asked for at once.
+    """
+
+    text: str
+    score: float
+    confidence: float
+    others: tuple[Answer, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @torch.inference_mode()

@@ -82,6 +82,17 @@ class ImageHeadSection(Section):
     dropout: Fraction = 0.5
 
 
+class DecodingSection(Section):
+    """How a model was made to write the texts of a task; what is left out is as the task says."""
+
+    strategy: Literal["greedy", "beam", "released", "sample"] | None = None
+    beams: Positive | None = None
+    min_tokens: NonNegative | None = None
+    max_tokens: Positive | None = None
+    length_penalty: float | None = None
+    no_repeat: NonNegative | None = None
+
+
 class ModelSection(Section):
     """The architecture. ``size`` names a base configuration (tiny, small, base, large) that the rest overrides."""
 
@@ -113,6 +124,12 @@ class ModelSection(Section):
     )
     box_bins: NonNegative = 0
     classifiers: dict[str, ClassifierSection] = Field(default_factory=dict)
+    absent: list[Literal["text", "contrastive", "matching", "masked"]] = Field(
+        default_factory=list, description="parts that a model of one task was released without"
+    )
+    decoding: dict[Literal["caption", "vqa"], DecodingSection] = Field(
+        default_factory=dict, description="how the model was made to write, by task; default: as the tasks say"
+    )
 
     @model_validator(mode="after")
     def heads_divide_width(self) -> ModelSection:
@@ -130,6 +147,9 @@ class ModelSection(Section):
         """What the model would need for an objective and doesn't have."""
         if objective in ("prefix_lm", "caption", "self_critical", "answer", "box") and not self.decoder_layers:
             return "model.decoder_layers"
+        part = {"itc": "contrastive", "itm": "matching", "mlm": "masked"}.get(objective, "text")
+        if part in self.absent and objective not in ("caption", "self_critical"):  # which use no text encoder
+            return f"{part}, which model.absent leaves out"
         if objective == "box" and not self.box_bins:
             return "model.box_bins"
         if objective in CLASSES:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("mplug_core.errors", "mplug_core.recipe"),
+    ("mplug_core.errors", "mplug_core.recipe", "mplug_core.device"),
     ("mplug_core.model",),
     ("mplug_core.objectives", "mplug_core.generation"),
     ("mplug_core.data",),
@@ -20,9 +20,10 @@ FLOORS = (
     ("mplug_core.weights",),
     ("mplug_core.training",),
     ("mplug_core.search",),
+    ("mplug_core.api",),
     ("mplug_cli",),
 )
-LIGHT = ("mplug_core.errors", "mplug_core.recipe", "mplug_core.model.config", "mplug_cli.app")
+LIGHT = ("mplug_core.errors", "mplug_core.recipe", "mplug_core.model.config", "mplug_core", "mplug_cli.app")
 
 
 def floor(module: str) -> int:

@@ -48,19 +48,22 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, target: int | None = None) -> Image.Image:
+def open_image(
+    source: str | Path | bytes, max_pixels: int = MAX_PIXELS, target: int | None = None, name: str | None = None
+) -> Image.Image:
     """Open an image file, or encoded image bytes, as an upright RGB picture on white, fully decoded.
 
     EXIF rotation is applied; CMYK, palette, grey and 16-bit images are converted; transparency is laid on white; of an
     animation the first frame counts. ``max_pixels`` is compared with the header's size before decoding (and can't
     exceed Pillow's own cap of about 178 million). With ``target`` (the side, in pixels, that the picture will be
     resized to) a JPEG is decoded at the smallest of its built-in scales whose sides are still at least twice that,
-    which saves most of the time on camera photos and leaves the resized picture practically unchanged.
+    which saves most of the time on camera photos and leaves the resized picture practically unchanged. ``name`` is what
+    errors call the image: by default its path.
 
     Raises ImageError with code ``missing``, ``empty``, ``unreadable`` (a folder, a device, no permission),
     ``not_an_image``, ``broken`` (damaged or cut short) or ``too_large``.
     """
-    name = "the image data" if isinstance(source, bytes) else _shown(source)
+    name = name or ("the image data" if isinstance(source, bytes) else _shown(source))
     file = _open_bytes(source, name)
     with file:
         head = file.read(512)
@@ -77,22 +80,34 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, target:
         except Exception as error:
             raise _broken(name, error) from error
         with image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise _too_large(name, (width, height), max_pixels)
-            if width * height == 0:
-                raise ImageError(f"{name} has no pixels ({width} x {height})", "save it again", "broken")
-            try:
-                if target and image.format in ("JPEG", "MPO"):
-                    image.draft(None, (2 * target, 2 * target))
-                image.load()
-                picture = _rgb(_upright(image))
-                picture.info[_FULL_SIZE] = (height, width) if _on_its_side(image) else (width, height)
-                return picture
-            except MemoryError as error:
-                raise _too_large(name, (width, height), max_pixels) from error
-            except Exception as error:
-                raise _broken(name, error) from error
+            return _decoded(image, name, max_pixels, target)
+
+
+def convert_image(image: Image.Image, name: str = "the image", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A Pillow image of any mode as :func:`open_image` gives a file: a new upright RGB picture on white.
+
+    ImageError if it is larger than ``max_pixels``, or if its file is damaged or closed.
+    """
+    return _decoded(image, name, max_pixels, None)
+
+
+def _decoded(image: Image.Image, name: str, max_pixels: int, target: int | None) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise _too_large(name, (width, height), max_pixels)
+    if width * height == 0:
+        raise ImageError(f"{name} has no pixels ({width} x {height})", "save it again", "broken")
+    try:
+        if target and image.format in ("JPEG", "MPO"):
+            image.draft(None, (2 * target, 2 * target))
+        image.load()
+        picture = _rgb(_upright(image))
+        picture.info[_FULL_SIZE] = (height, width) if _on_its_side(image) else (width, height)
+        return picture
+    except MemoryError as error:
+        raise _too_large(name, (width, height), max_pixels) from error
+    except Exception as error:
+        raise _broken(name, error) from error
 
 
 _FULL_SIZE = "full size"

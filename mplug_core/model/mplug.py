@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mplug_core.errors import CheckpointError
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.decoder import Decoder, LanguageHead
@@ -40,6 +41,9 @@ class ImageEncoding:
 
     def detach(self) -> ImageEncoding:
         return ImageEncoding(self.tokens.detach(), self.feature.detach(), self.mask)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ImageEncoding:
+        return ImageEncoding(self.tokens.to(device, dtype), self.feature.to(device, dtype), self.mask.to(device))
 
     @classmethod
     def join(cls, parts: Iterable[ImageEncoding]) -> ImageEncoding:
@@ -177,17 +181,20 @@ class MplugModel(nn.Module):
             norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.visual_projection = nn.Sequential(nn.Linear(self.visual.width, width), norm)
         pooled = width if self.visual.is_transformer else self.visual.pooled_width
-        if config.image_head is None:
+        if "contrastive" in config.absent:
+            self.image_projection = None
+        elif config.image_head is None:
             self.image_projection = nn.Linear(pooled, embed)
         else:
             self.image_projection = ImageHead(config.image_head, pooled, embed)
         self.summary = SummaryTokens(config) if config.summary_tokens else None
-        self.text = TextEncoder(config)
-        self.text_projection = nn.Linear(width, embed)
+        self.text = None if "text" in config.absent else TextEncoder(config)
+        self.text_projection = None if "contrastive" in config.absent else nn.Linear(width, embed)
         self.fusion = Fusion(config)
         # a dual encoder has nothing fused to match by
-        self.matching_head = nn.Linear(width, 2) if config.fusion != "none" else None
-        self.masked_head = LanguageHead(config)
+        matching = config.fusion != "none" and "matching" not in config.absent
+        self.matching_head = nn.Linear(width, 2) if matching else None
+        self.masked_head = None if "masked" in config.absent else LanguageHead(config)
         self.decoder = Decoder(config) if config.decoder_layers else None
         self.classifiers = nn.ModuleDict(
             {name: Classifier(c.images, width, len(c.labels)) for name, c in config.classifiers.items()}
@@ -202,7 +209,8 @@ class MplugModel(nn.Module):
         """Recompute the activations of the named towers (visual, text, fusion, decoder) in the backward pass."""
         towers = set(towers)
         self.visual.set_checkpointing("visual" in towers)
-        self.text.checkpointing = "text" in towers
+        if self.text is not None:
+            self.text.checkpointing = "text" in towers
         self.fusion.checkpointing = "fusion" in towers
         if self.decoder is not None:
             self.decoder.checkpointing = "decoder" in towers
@@ -240,7 +248,12 @@ class MplugModel(nn.Module):
         return ImageEncoding(tokens, feature, mask)
 
     def image_feature(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Contrastive feature [B, E]: of the class token, or of a convolutional grid's mean and maximum."""
+        """Contrastive feature [B, E]: of the class token, or of a convolutional grid's mean and maximum.
+
+        [B, 0] of a model without a contrastive head.
+        """
+        if self.image_projection is None:
+            return tokens.new_zeros(len(tokens), 0)
         if self.visual.is_transformer:
             return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
         pooled = self.visual.pool(features)
@@ -255,11 +268,18 @@ class MplugModel(nn.Module):
         return ImageEncoding(tokens, feature, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """``ids`` and ``mask`` [B, T] to [B, T, W]."""
+        """``ids`` and ``mask`` [B, T] to [B, T, W]; CheckpointError for a model without a text encoder."""
+        if self.text is None:
+            raise CheckpointError("this model has no text encoder", "choose a model that was trained for the task")
         return self.text(ids, mask)
 
     def text_feature(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Contrastive feature [B, E] of encoded text [B, T, W]: its [CLS], or its mean as ``text_pooling`` says."""
+        """Contrastive feature [B, E] of encoded text [B, T, W]: its [CLS], or its mean as ``text_pooling`` says.
+
+        CheckpointError for a model without a contrastive head.
+        """
+        if self.text_projection is None:
+            raise CheckpointError("this model has no contrastive head", "choose a model that was trained for the task")
         if self.config.text_pooling == "mean":
             weights = mask.to(text.dtype)[..., None]
             pooled = (text * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -19,7 +19,8 @@ from mplug_core.data.text import clean_caption
 from mplug_core.errors import MplugError
 from mplug_core.model.mplug import ImageEncoding
 from mplug_core.search.store import Stamp, fingerprint, read_store, stamp_of, write_store
-from mplug_core.tasks.ranking import Rerank, encode_texts, match, order_by_match, to_cpu
+from mplug_core.tasks.ranking import EncodedTexts, Rerank, encode_texts, match, order_by_match, to_cpu
+from mplug_core.tasks.task import Ready
 from mplug_core.weights.folder import Loaded
 
 Read = Callable[[str], Tensor]
@@ -176,24 +177,36 @@ def find_images(
     ]
 
 
+@torch.inference_mode()
 def find_texts(
-    loaded: Loaded,
-    pixels: Tensor,
-    texts: Sequence[str],
+    ready: Ready,
+    images: ImageEncoding,
+    texts: EncodedTexts,
     *,
-    top: int = 10,
+    top: int | None = None,
     candidates: int = 0,
     rerank: Rerank = "itm",
-) -> list[Hit]:
-    """The ``top`` texts for an image [3, S, S], best first; as :func:`find_images` the other way."""
-    image = _encode(loaded, [pixels], keep_tokens=candidates > 0)
-    encoded = encode_texts(loaded, [clean_caption(text) for text in texts], keep_tokens=candidates > 0)
-    similarity = (image.feature @ encoded.feature.T)[0]
-    best = _best(similarity, min(max(top, candidates), len(texts)))
+) -> list[list[Hit]]:
+    """The ``top`` texts (None: all) for each of the images, best first; as :func:`find_images` the other way.
+
+    With ``candidates`` the best by ITC, so many and at least ``top``, are re-ranked by ITM; behind them are the others
+    by ITC.
+    """
+    images = to_cpu(images, keep_tokens=candidates > 0)
+    similarity = images.feature @ texts.feature.T
     if not candidates:
-        return _hits(best[:top], similarity)
-    pairs = torch.stack([torch.zeros_like(best), best], 1)
-    return _ranked(best, similarity[best], match(loaded, image, encoded, pairs), rerank)[:top]
+        best = _best(similarity, len(texts))[:, :top]
+        return [_hits(numbers, values) for numbers, values in zip(best, similarity, strict=True)]
+    best = _best(similarity, min(max(top or 0, candidates), len(texts)))
+    pairs = torch.stack([torch.arange(len(best))[:, None].expand_as(best), best], -1).flatten(0, 1)
+    matches = match(ready, images, texts, pairs).view_as(best)
+    scores = order_by_match(similarity, best, matches, rerank)
+    found = []
+    for numbers, logits, values, ranks in zip(best.tolist(), matches.tolist(), similarity, scores, strict=True):
+        known = dict(zip(numbers, logits, strict=True))
+        order = _best(ranks, len(texts))[:top].tolist()
+        found.append([Hit(n, float(ranks[n]), float(values[n]), known.get(n)) for n in order])
+    return found
 
 
 def _encode_again(loaded: Loaded, names: list[str], read: Read, batch_size: int) -> tuple[ImageEncoding | None, Tensor]:

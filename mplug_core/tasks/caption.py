@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mplug_core.data.records import Records, read_captions
 from mplug_core.data.scenes import caption_correct, read_scenes
 from mplug_core.data.text import Tokenizer, clean_caption
 from mplug_core.errors import DataError
-from mplug_core.generation import Decoding, generate
+from mplug_core.generation import Answer, Decoding, generate
 from mplug_core.metrics.caption import score_captions
 from mplug_core.metrics.cider import Cider, Tokens, caption_tokens
 from mplug_core.model.mplug import ImageEncoding, MplugModel
@@ -28,15 +27,6 @@ from mplug_core.objectives.self_critical import self_critical
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.evaluation import Evaluation
 from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated text, its score (see :class:`Decoding`) and the geometric mean of its token probabilities."""
-
-    text: str
-    score: float
-    confidence: float
 
 
 def forbidden_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -151,7 +141,8 @@ class CaptionTask:
         decoding = options.decoding
         if decoding is None:
             # the grammar of scenes repeats itself: "and a small" comes before every small object
-            decoding = self.decoding.model_copy(update={"no_repeat": 0} if scene_graphs(records.source) else {})
+            scenes = {"no_repeat": 0} if scene_graphs(records.source) else {}
+            decoding = ready.decoding("caption", self.decoding).model_copy(update=scenes)
         predictions = []
         for images, drawn in evaluation:
             chosen = images[rows(drawn)]

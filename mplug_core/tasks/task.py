@@ -57,6 +57,11 @@ class Ready:
     def texts(self) -> Texts:
         return Texts(self.tokenizer, self.config.max_positions)
 
+    def decoding(self, task: Literal["caption", "vqa"], default: Decoding) -> Decoding:
+        """How this model writes: ``default`` with what its configuration says for the task."""
+        own = self.config.decoding.get(task)
+        return default if own is None else default.model_copy(update=own.model_dump(exclude_none=True))
+
     @property
     def device(self) -> torch.device:
         return self.model.temperature.device

@@ -90,10 +90,11 @@ class VqaTask:
         records = self.read(spec)
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         answered: list[tuple[str, QuestionRecord]] = []
+        decoding = options.decoding or ready.decoding("vqa", self.decoding)
         for images, drawn in evaluation:
             places, asked = [place for (place,), _ in drawn], [record.question for _, record in drawn]
             if options.answers is None:
-                found = answer_questions(ready, images, places, asked, options.decoding or self.decoding)
+                found = answer_questions(ready, images, places, asked, decoding)
             else:
                 found = rank_answers(ready, images, places, asked, options.answers)
             answered += [(row[0].text, record) for row, (_, record) in zip(found, drawn, strict=True)]

@@ -29,8 +29,8 @@ from torch import Tensor
 from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.training.agreement import together
 from mplug_core.training.distributed import ALONE, World
-from mplug_core.training.tensor_files import TensorFiles, write_tensors
 from mplug_core.weights.durable import copy_folder, replace_folder, replace_text, sync_file, sync_folder
+from mplug_core.weights.tensor_files import TensorFiles, write_tensors
 
 FORMAT = 2
 POINTER = "latest"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mplug_core.errors import CheckpointError
 from mplug_core.training.agreement import together
 from mplug_core.training.distributed import World
-from mplug_core.training.tensor_files import Entry, TensorFile, TensorFiles, size_of
+from mplug_core.weights.tensor_files import Entry, TensorFile, TensorFiles, size_of
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 KEYS = ("master", *AVERAGES)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from mplug_core.errors import CheckpointError
 from mplug_core.recipe import Recipe
 from mplug_core.training.distributed import World
-from mplug_core.training.tensor_files import read_tensors, write_tensors
 from mplug_core.weights.durable import replace_text
+from mplug_core.weights.tensor_files import read_tensors, write_tensors
 
 FREE = (
     "run.", "evaluate.", "data.root", "data.workers", "engine.threads", "engine.name", "engine.zero_stage",

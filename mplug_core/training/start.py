@@ -29,7 +29,8 @@ POSITIONS = ("text.embeddings.positions.weight", "decoder.embeddings.positions.w
 
 def changed_config(start: MplugConfig, section: ModelSection, tokenizer: Tokenizer) -> MplugConfig:
     """The start model's architecture with the fields that a recipe's ``model`` section sets."""
-    values = merge(start.model_dump(), section.model_dump(exclude_unset=True))
+    # what the start model was released without is fresh
+    values = merge(start.model_dump() | {"absent": []}, section.model_dump(exclude_unset=True))
     try:
         return MplugConfig(**values | {"vocab_size": tokenizer.vocab_size, "box_bins": tokenizer.bins})
     except ValidationError as error:

@@ -14,8 +14,8 @@ from torch import Tensor
 from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
-from mplug_core.model.vision import resize_positions
-from mplug_core.weights.folder import Stored, read_model, save_model
+from mplug_core.weights.faults import absent_parts, without_parts
+from mplug_core.weights.folder import Stored, read_model, write_folder
 from mplug_core.weights.official import missing_by_part
 from mplug_core.weights.quantised import QUANTISATION, describe_quantisation, quantise
 
@@ -28,7 +28,7 @@ KEPT = ("README.md", "recipe.yaml")
 
 @dataclass
 class Source:
-    """A complete model to export: tensors as floats by our names, and the texts beside them."""
+    """A model to export: tensors as floats by our names, and the texts beside them."""
 
     stored: Stored
     state: dict[str, Tensor]
@@ -42,56 +42,21 @@ class Source:
 def read_source(spec: str | None, image_size: int | None = None) -> Source:
     """A model by ``--model``'s rules, for images of ``image_size`` pixels (default: its own).
 
-    CheckpointError where parts are missing, or where the backbone takes no images of that size.
+    Parts that a checkpoint came without are left out. CheckpointError where the backbone takes no images of that size.
     """
-    stored = read_model(spec)
-    # the masked head is for pre-training, and released checkpoints of tasks don't have it
-    absent = [names[0] for part, names in stored.missing.items() if part != "masked"]
-    if absent:
-        raise CheckpointError(f"{stored.path} lacks {absent[0]}", "mplug finetune --model makes a complete model of it")
-    state = dict(stored.floats())
-    config = stored.config
-    if image_size is not None and image_size != config.vision.image_size:
-        config = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
-        state |= resized(config, state)
+    stored = read_model(spec, image_size)
+    config, state = without_parts(stored.config, stored.floats(), absent_parts(stored.config, stored.missing))
     folder = stored.path if stored.path.is_dir() else stored.path.parent
     texts = {name: _read(folder / name) for name in KEPT if stored.path.is_dir() and (folder / name).is_file()}
     return Source(replace(stored, config=config), state, texts)
 
 
-def resized(config: MplugConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of ``state`` that depend on the image size, for that of ``config``; the others must fit."""
-    model = MplugModel(config)
-    visual, size = model.visual, config.vision.image_size
-    if visual.is_transformer and size % visual.backbone.patch_embed.patch_size[0]:
-        patch = visual.backbone.patch_embed.patch_size[0]
-        near = (size // patch or 1) * patch
-        raise CheckpointError(f"{size} pixels are not whole patches of {patch}", f"--image-size {near}")
-    expected = model.state_dict()
-    changed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name not in expected or value.shape == expected[name].shape:
-            continue
-        if name == "visual.backbone.pos_embed":
-            prefix = visual.backbone.num_prefix_tokens
-            changed[name] = resize_positions(value[0], visual.grid, prefix)[None]
-        elif name == "grid_positions":
-            # where the cells of a grid lie is bilinear in the cells, too
-            changed[name] = resize_positions(value, visual.grid, 0)
-        else:
-            raise CheckpointError(
-                f"{name} can't be fitted to images of {size} pixels", f"it has shape {tuple(value.shape)}"
-            )
-    return changed
-
-
 def build(source: Source) -> MplugModel:
-    """The model itself, in fp32 and evaluation mode; a masked head that it came without is zero."""
+    """The model itself, in fp32 and evaluation mode."""
     model = MplugModel(source.config)
     state = {name: value.float() if value.is_floating_point() else value for name, value in source.state.items()}
-    absent = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name not in state}
     try:
-        model.load_state_dict(state | {name: v for name, v in absent.items() if name.startswith("masked_head.")})
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{source.stored.path}: tensors don't fit config.json: {reason}") from error
@@ -133,14 +98,14 @@ def _save(
 ) -> None:
     with torch.device("meta"):
         model = MplugModel(source.config)
-    missing = {part: names for part, names in missing_by_part(source.config, source.state).items() if part != "masked"}
+    missing = missing_by_part(source.config, source.state)
     unknown = source.state.keys() - model.state_dict().keys()
     if missing or unknown:
         name = next(iter(missing.values()))[0] if missing else min(unknown)
         what = "lacks" if missing else "has an unknown tensor"
         raise CheckpointError(f"{source.stored.path} {what} {name}", "config.json and weights are of different models")
     texts = {name: text for name, text in source.texts.items() if name != "README.md"}
-    save_model(target, model, source.stored.tokenizer, card=card, dtype=dtype, state=state, files=texts | files)
+    write_folder(target, source.config, source.stored.tokenizer, state, dtype, card=card, files=texts | files)
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:

