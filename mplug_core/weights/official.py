@@ -223,7 +223,8 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
     # the layers that run are the last half of a BERT, of which a file may hold only those
     fusion_count = bert.get("fusion_layers") or fusion // 2 if fusion else 0
     text = layer_count(tensors, "text_encoder.encoder.layer")
-    text_layers = bert.get("text_encoder_layers") or text or 6
+    # a whole BERT of 12 layers runs the first half as text encoder, too
+    text_layers = bert.get("text_encoder_layers") or (6 if text in (0, 12) else text)
     if "prefix_ids" in tensors and text:
         text_layers = min(text_layers, text)  # grounding's text encoder was cut
     known = {
