@@ -68,8 +68,9 @@ def convert(
     else:
         _table(account)
     if unknown := account.dropped.get("unknown"):
-        names = ", ".join(list(unknown.names)[:3])
-        show.warning(f"{len(unknown.names)} tensors have unknown names and were left out: {names}", quiet)
+        names, count = ", ".join(list(unknown.names)[:3]), len(unknown.names)
+        what = "1 tensor has an unknown name" if count == 1 else f"{count} tensors have unknown names"
+        show.warning(f"{what}, left out: {names}", quiet)
     show.note(f"{target}: {size(account.bytes)}, images of {account.config.vision.image_size} pixels", quiet)
 
 

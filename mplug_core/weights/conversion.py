@@ -12,10 +12,9 @@ from torch import Tensor
 
 from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.faults import absent_parts, broken_values, head_faults, raise_first, shown, without_parts
 from mplug_core.weights.folder import Stored, read_model, write_folder
-from mplug_core.weights.official import PARTS, Entry, part_of
+from mplug_core.weights.official import PARTS, Entry, expected_shapes, part_of
 
 
 @dataclass
@@ -132,11 +131,10 @@ def _account(stored: Stored, config: MplugConfig, gone: Collection[str], allowed
             used.setdefault(part, Group()).add(name, conversion.entries[name], ours)
     for name, reason in conversion.dropped.items():
         dropped.setdefault(reason, Group()).add(name, conversion.entries[name])
-    with torch.device("meta"):
-        expected = MplugModel(conversion.config).state_dict()
+    expected = expected_shapes(conversion.config)
     for part, names in stored.missing.items():
         for name in names:
-            missing.setdefault(part, Group()).add(name, (torch.float32, tuple(expected[name].shape)))
+            missing.setdefault(part, Group()).add(name, (torch.float32, tuple(expected[name])))
     if config.fusion == "none":
         missing.setdefault("fusion", Group())
     if not config.decoder_layers:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
-from mplug_core.weights.official import PARTS, UNKNOWN, Conversion, part_of
+from mplug_core.weights.official import LONE_MATCHING, PARTS, UNKNOWN, Conversion, part_of
 
 TASK_PARTS = {
     "image-captioning": ("visual", "decoder"),
@@ -52,10 +52,12 @@ def part_faults(conversion: Conversion, task: str | None = None) -> dict[str, st
         if part in present and missing.get(part):
             more = len(missing[part]) - 1
             faults[part] = f"lacks {missing[part][0]}{f' and {more} more' if more else ''}"
-    users = [name for name in ("decoder", "matching") if name in present]
+    users = ["decoder"] if "decoder" in present else []
+    if "matching" in present or LONE_MATCHING in conversion.dropped.values():
+        users.append("matching")
     if "text" in present and users and "fusion" not in present:
-        work = " and ".join("matching head" if user == "matching" else user for user in users)
-        faults["fusion"] = f"is not there, and the {work} works on what it makes of the text"
+        made = " and ".join(shown(user) for user in users)
+        faults["fusion"] = f"is not there, and what it makes of the text is for {made}"
     if "text" not in present and present & {"fusion", "contrastive", "matching"}:
         faults["text"] = f"is not there, and {' and '.join(sorted(present & {'fusion', 'contrastive', 'matching'}))} is"
     if not present & {"decoder", "contrastive", "matching"}:
@@ -174,4 +176,6 @@ def without_parts(
     if "decoder" in gone:
         update |= {"decoder_layers": 0}
     kept = {name: value for name, value in state.items() if part_of(name) not in gone}
+    if "contrastive" in gone:  # every model has one
+        kept["temperature"] = torch.tensor([config.temperature])
     return config.model_copy(update=update), kept

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import resize_positions
 
 PARTS = ("visual", "text", "fusion", "decoder", "contrastive", "matching", "masked")
@@ -190,6 +192,11 @@ def layer_numbers(tensors: Mapping[str, Tensor], prefix: str) -> list[int]:
     return sorted({int(match[1]) for name in tensors if (match := pattern.match(name))})
 
 
+def layer_count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the highest number, so that a gap among the layers is missing and not passed over."""
+    return max(layer_numbers(tensors, prefix), default=-1) + 1
+
+
 def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = None, **overrides: Any) -> MplugConfig:
     """The architecture from the shapes, and from ``config_bert.json`` what shapes don't tell (heads, stride).
 
@@ -200,7 +207,7 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
     visual, words_name = "visual_encoder.visual.", "embeddings.word_embeddings.weight"
     patch = matrix(tensors, f"{visual}conv1.weight", 4).shape
     positions = len(matrix(tensors, f"{visual}positional_embedding")) - 1
-    vision_width, depth = patch[0], len(layer_numbers(tensors, f"{visual}transformer.resblocks"))
+    vision_width, depth = patch[0], layer_count(tensors, f"{visual}transformer.resblocks")
     encoder = "text_encoder" if f"text_encoder.{words_name}" in tensors else "text_decoder.bert"
     words = matrix(tensors, f"{encoder}.{words_name}")
     width = words.shape[1]
@@ -212,11 +219,12 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
     layers = layer_numbers(tensors, f"{encoder}.encoder.layer")
     if not layers:
         raise CheckpointError(f"no layer of {encoder} in this checkpoint", "is it a released mPLUG?")
-    fusion = layer_numbers(tensors, "fusion_encoder.encoder.layer")
+    fusion = layer_count(tensors, "fusion_encoder.encoder.layer")
     # the layers that run are the last half of a BERT, of which a file may hold only those
-    fusion_count = bert.get("fusion_layers") or (fusion[-1] + 1) // 2 if fusion else 0
-    text = len(layer_numbers(tensors, "text_encoder.encoder.layer"))
-    text_layers = bert.get("text_encoder_layers") or text or 6
+    fusion_count = bert.get("fusion_layers") or fusion // 2 if fusion else 0
+    text = layer_count(tensors, "text_encoder.encoder.layer")
+    # a whole BERT of 12 layers runs the first half as text encoder, too
+    text_layers = bert.get("text_encoder_layers") or (6 if text in (0, 12) else text)
     if "prefix_ids" in tensors and text:
         text_layers = min(text_layers, text)  # grounding's text encoder was cut
     known = {
@@ -239,7 +247,7 @@ def read_config(tensors: Mapping[str, Tensor], bert: Mapping[str, Any] | None = 
         "fusion_layers": fusion_count,
         "stride": bert.get("stride_layer") or (6 if vision_width == 1024 else 3),
         "rule": "released",
-        "decoder_layers": len(layer_numbers(tensors, "text_decoder.bert.encoder.layer")),
+        "decoder_layers": layer_count(tensors, "text_decoder.bert.encoder.layer"),
         "vocab_size": words.shape[0],
         "max_positions": len(matrix(tensors, f"{encoder}.embeddings.position_embeddings.weight")),
         "layer_norm_eps": bert.get("layer_norm_eps", 1e-12),
@@ -275,9 +283,8 @@ def convert(
     account.embeddings("text_encoder.embeddings", "text.embeddings")
     for k in range(config.text_layers):
         account.bert_layer(f"text_encoder.encoder.layer.{k}", f"text.layers.{k}", cross=False)
-    fusion = (
-        layer_numbers(tensors, "fusion_encoder.encoder.layer")[-config.fusion_layers :] if config.fusion_layers else []
-    )
+    last = layer_count(tensors, "fusion_encoder.encoder.layer")
+    fusion = list(range(last - config.fusion_layers, last))
     for k, number in enumerate(fusion):
         connected = k in config.connected_layers
         target = f"fusion.layers.{k}.{'joint' if connected else 'text'}"
@@ -327,7 +334,7 @@ def _take_visual(account: Account, tensors: dict[str, Tensor], config: MplugConf
                 account.take(source, f"{ours}blocks.{k}.{timm_name}{dot}{kind}")
 
 
-UNKNOWN = "unknown"
+UNKNOWN, LONE_MATCHING = "unknown", "matching head without a fusion"
 
 
 def patches(image_size: int, patch: int) -> int:
@@ -366,7 +373,7 @@ def reason_to_drop(name: str, fusion: list[int], projections: bool = True) -> st
     if not projections and name.split(".")[0] in PROJECTIONS:
         return "projection that was never trained"
     if name.startswith("itm_head.") and not fusion:
-        return "matching head without a fusion"
+        return LONE_MATCHING
     return UNKNOWN
 
 
@@ -380,19 +387,26 @@ def part_of(name: str) -> str:
     }.get(first, first)  # fmt: skip
 
 
+def expected_shapes(config: MplugConfig) -> dict[str, torch.Size]:
+    """Names and shapes of a model's state."""
+    return _expected_shapes(config.model_dump_json())
+
+
+@lru_cache(maxsize=4)
+def _expected_shapes(config: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = MplugModel(MplugConfig.model_validate_json(config))
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
 def missing_by_part(config: MplugConfig, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Our parameters that ``state`` doesn't hold, by part; CheckpointError for a wrong shape."""
-    from mplug_core.model.mplug import MplugModel
-
-    with torch.device("meta"):
-        expected = MplugModel(config).state_dict()
     missing: dict[str, list[str]] = {}
-    for name, value in expected.items():
+    for name, shape in expected_shapes(config).items():
         if name not in state:
             missing.setdefault(part_of(name), []).append(name)
-        elif state[name].shape != value.shape:
-            shape = tuple(state[name].shape)
-            raise CheckpointError(f"{name} has shape {shape}, not {tuple(value.shape)}", DAMAGED)
+        elif state[name].shape != shape:
+            raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(shape)}", DAMAGED)
         elif state[name].dtype not in FLOATS:
             raise CheckpointError(f"{name} holds {state[name].dtype}, which are no weights", DAMAGED)
     return missing

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tests.parity import answers, captions, decoding, encoders, grounding, retrieval, texts
+from tests.parity import answers, captions, checkpoints, decoding, encoders, grounding, retrieval, texts
 from tests.parity.golden import Checks, Folder
 
 FIXTURES: dict[str, Callable[[Folder, str, Checks], None]] = {
@@ -25,7 +25,10 @@ FIXTURES: dict[str, Callable[[Folder, str, Checks], None]] = {
     **grounding.FIXTURES,
     **captions.FIXTURES,
     **texts.FIXTURES,
+    **checkpoints.FIXTURES,
 }
+CONVERTED = "converted"
+"""No fixture, but a check of its own: a native folder made of the weights answers as they do."""
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def check(path: Path) -> tuple[list[str], int]:
     """A line per fixture, and how many fail."""
     folder = Folder(path)
     lines, failures = [], 0
-    for name in sorted(folder.manifest["fixtures"]):
+    for name in sorted([*folder.manifest["fixtures"], CONVERTED]):
         run = next((check for prefix, check in FIXTURES.items() if name.startswith(prefix)), None)
         if run is None:
             lines.append(f"{name:32} not yet")

@@ -11,7 +11,8 @@ from tests.parity.__main__ import FIXTURES, check
 PASSING = (
     "f01_", "f02_", "f03_", "f04a_", "f04b_", "f04c_", "f04d_", "f04e_", "f05_",
     "f05b_", "f06_", "f07_", "f08_", "f09_", "f10_retrieval_", "f10_video_", "f11_", "j11_grounding",
-    "j11_vqa_dataset", "j08_lr", "j08_param", "j11_text", "j11_tokenizer", "j11_frame",
+    "j11_vqa_dataset", "j08_lr", "j08_param", "j11_text", "j11_tokenizer", "j11_frame", "j10_checkpoint", "j10_param",
+    "j10_state", "converted",
 )  # fmt: skip
 
 
@@ -31,3 +32,7 @@ def test_passes(lines: dict[str, str], prefix: str) -> None:
 
 def test_nothing_fails(lines: dict[str, str]) -> None:
     assert not [line for line in lines.values() if "FAIL" in line]
+
+
+def test_no_fixture_is_left_out(lines: dict[str, str]) -> None:
+    assert not [line for line in lines.values() if not line.endswith(" pass")]

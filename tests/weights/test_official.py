@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,107 +15,16 @@ from torch import Tensor
 from mplug_core.errors import CheckpointError
 from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.official import PARTS, canonical, convert, read_config, unwrap
+from tests.released import SMALL, with_twins
+from tests.released import released as checkpoint
 
-WIDTH, VISUAL, WORDS, POSITIONS, FEED = 16, 16, 30, 12, 24
-BERT = {
-    "num_attention_heads": 2, "text_encoder_layers": 2, "fusion_layers": 4, "stride_layer": 2,
-    "hidden_dropout_prob": 0.0, "layer_norm_eps": 1e-12,
-}  # fmt: skip
-
-
-def pair(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Shapes of a linear layer or norm: its weight, and a bias of the first dimension."""
-    yield f"{name}.weight", shape
-    yield f"{name}.bias", shape[:1]
-
-
-def bert_embeddings(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.position_ids", (1, POSITIONS)
-    yield f"{name}.word_embeddings.weight", (WORDS, WIDTH)
-    yield f"{name}.position_embeddings.weight", (POSITIONS, WIDTH)
-    yield f"{name}.token_type_embeddings.weight", (2, WIDTH)
-    yield from pair(f"{name}.LayerNorm", WIDTH)
-
-
-def bert_layer(name: str, cross: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for attention in ("attention", "crossattention") if cross else ("attention",):
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            yield from pair(f"{name}.{attention}.{part}", WIDTH, WIDTH)
-        yield from pair(f"{name}.{attention}.output.LayerNorm", WIDTH)
-    yield from pair(f"{name}.intermediate.dense", FEED, WIDTH)
-    yield from pair(f"{name}.output.dense", WIDTH, FEED)
-    yield from pair(f"{name}.output.LayerNorm", WIDTH)
-
-
-def language_head(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.bias", (WORDS,)
-    yield from pair(f"{name}.transform.dense", WIDTH, WIDTH)
-    yield from pair(f"{name}.transform.LayerNorm", WIDTH)
-    yield f"{name}.decoder.weight", (WORDS, WIDTH)
-    yield f"{name}.decoder.bias", (WORDS,)
-
-
-def released_shapes(visual: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released model with all parts; ``visual`` is the visual width."""
-
-    def all_of() -> Iterator[tuple[str, tuple[int, ...]]]:
-        root = "visual_encoder.visual"
-        yield f"{root}.class_embedding", (visual,)
-        yield f"{root}.positional_embedding", (1 + 4, visual)
-        yield f"{root}.proj", (visual, 8)
-        yield f"{root}.conv1.weight", (visual, 3, 8, 8)
-        yield from pair(f"{root}.ln_pre", visual)
-        yield from pair(f"{root}.ln_post", visual)
-        for k in range(2):
-            block = f"{root}.transformer.resblocks.{k}"
-            yield f"{block}.attn.in_proj_weight", (3 * visual, visual)
-            yield f"{block}.attn.in_proj_bias", (3 * visual,)
-            yield from pair(f"{block}.attn.out_proj", visual, visual)
-            yield from pair(f"{block}.ln_1", visual)
-            yield from pair(f"{block}.ln_2", visual)
-            yield from pair(f"{block}.mlp.c_fc", 4 * visual, visual)
-            yield from pair(f"{block}.mlp.c_proj", visual, 4 * visual)
-        yield "visual_encoder.logit_scale", ()
-        yield "visual_encoder.transformer.resblocks.0.ln_1.weight", (8,)
-        yield "visual_encoder.token_embedding.weight", (9, 8)
-        yield from bert_embeddings("text_encoder.embeddings")
-        for k in range(2):
-            yield from bert_layer(f"text_encoder.encoder.layer.{k}", cross=False)
-        yield from bert_embeddings("fusion_encoder.embeddings")
-        for k in range(8):
-            yield from bert_layer(f"fusion_encoder.encoder.layer.{k}", cross=k >= 4)
-        yield from language_head("fusion_encoder.cls.predictions")
-        yield from bert_embeddings("text_decoder.bert.embeddings")
-        for k in range(3):
-            yield from bert_layer(f"text_decoder.bert.encoder.layer.{k}", cross=True)
-        yield from language_head("text_decoder.cls.predictions")
-        yield from pair("vision_proj", 8, WIDTH)
-        yield from pair("text_proj", 8, WIDTH)
-        yield from pair("itm_head", 2, WIDTH)
-        if visual != WIDTH:
-            yield from pair("visn_fc", WIDTH, visual)
-            yield from pair("visn_layer_norm", WIDTH)
-        yield "temp", ()
-        yield "image_queue", (8, 6)
-        yield "text_queue", (8, 6)
-        yield "idx_queue", (1, 6)
-        yield "queue_ptr", (1,)
-
-    return dict(all_of())
+WIDTH, VISUAL, WORDS = SMALL.width, SMALL.visual, SMALL.words
+BERT = SMALL.bert
 
 
 def released(visual: int = VISUAL) -> dict[str, Tensor]:
     """A released model of random tensors, with tied heads and momentum twins."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in released_shapes(visual).items()}
-    for part, words in (("text_decoder", "text_decoder.bert"), ("fusion_encoder", "fusion_encoder")):
-        tensors[f"{part}.cls.predictions.decoder.weight"] = tensors[f"{words}.embeddings.word_embeddings.weight"]
-    twins = ("visual_encoder", "text_encoder", "fusion_encoder", "text_decoder", "vision_proj", "text_proj", "visn_fc")
-    for name in list(tensors):
-        head, _, rest = name.partition(".")
-        if head in twins:
-            tensors[f"{head}_m.{rest}"] = tensors[name] + 1
-    return tensors
+    return with_twins(checkpoint(replace(SMALL, visual=visual)))
 
 
 def respell(tensors: dict[str, Tensor], prefix: str, text: str, fusion: str) -> dict[str, Tensor]:
