@@ -324,14 +324,9 @@ def test_write_that_fails(
         refuse(self)
         return real_write(self, *args, **kwargs)
 
-    def save(tensors: Any, place: Path, **kwargs: Any) -> None:
-        refuse(Path(place))
-        save_file(tensors, place, **kwargs)
-
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files.TensorFile, "add", add)
         patch.setattr(Path, "write_text", write_text)
-        patch.setattr("mplug_core.weights.folder.save_file", save)
         with pytest.raises(MplugError, match=r"cannot save checkpoint step-00000004.*No space left") as caught:
             go_on(scenes, run)
     assert "step-00000002 is whole" in caught.value.hint

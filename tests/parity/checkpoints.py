@@ -43,7 +43,7 @@ NO_PARAMETERS = re.compile(
 
 
 def renaming(folder: Folder, name: str, checks: Checks) -> None:
-    conversion = convert(with_twins(released(replace(SMALL, fusion_layers=6, decoder_layers=12))))
+    conversion = convert(with_twins(released(replace(SMALL, visual=24, fusion_layers=6, decoder_layers=12))))
     for task, cases in entry_of(folder, name).items():
         for style, case in cases.items():
             where = f"{task}, {style}"

@@ -23,7 +23,7 @@ from mplug_core.weights.conversion import convert_model
 from mplug_core.weights.folder import find_model, load_model, read_model, save_model
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.pickled import read_pickled
-from tests.released import SMALL, released, vocabulary, with_twins, write_alicemind, write_modelscope
+from tests.released import BASE, SMALL, released, vocabulary, with_twins, write_alicemind, write_modelscope
 from tests.small import CNN, small_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -457,12 +457,36 @@ def test_loading_takes_the_weights_and_little_more(tmp_path: Path) -> None:
     sizes = replace(SMALL, width=384, heads=6, feed=1536, visual=384, words=4000, positions=64, depth=4, queue=4096)
     sizes = replace(sizes, clip_words=20000, clip_width=256, patch=8, grid=4)
     file = write_alicemind(tmp_path / "a.pth", with_twins(released(sizes, torch.float16, 0.02)), sizes=sizes)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, cwd=ROOT, check=True
-    )  # fmt: skip
-    found = json.loads(done.stdout)
+    found = peak_of_loading(file)
     assert found["weights"] > 90e6
     assert found["peak"] < 1.3 * found["weights"], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["alicemind", "modelscope", "native"])
+def test_full_size_base(tmp_path: Path, layout: str) -> None:
+    """A base model of 1 GB in half precision: what it takes to load, and that it is base."""
+    task, tensors = "visual-question-answering", released(BASE, torch.float16, 0.02)
+    place = write_modelscope(tmp_path / "m", tensors, task, BASE, image_res=384)
+    if layout == "alicemind":
+        place = write_alicemind(tmp_path / "a" / "mplug.pth", tensors, sizes=BASE)
+    if layout == "native":
+        convert_model(str(place), tmp_path / "native")
+        place = tmp_path / "native"
+    config = read_model(str(place)).config
+    assert (config.vision.backbone, config.vision.options) == ("vit_base_patch16_clip_quickgelu_224", {})
+    assert (config.vision.image_size, config.stride, config.connected_layers) == (384, 3, [3])
+    found = peak_of_loading(place)
+    assert found["weights"] > 1.38e9
+    assert found["peak"] < 1.3 * found["weights"], found
+
+
+def peak_of_loading(place: Path) -> dict[str, int]:
+    """Bytes of the weights, and by how much the resident set grew at most, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(place)], capture_output=True, text=True, cwd=ROOT, check=True
+    )  # fmt: skip
+    return json.loads(done.stdout)
 
 
 PEAK = """
