@@ -127,6 +127,9 @@ class ModelSection(Section):
     absent: list[Literal["text", "contrastive", "matching", "masked"]] = Field(
         default_factory=list, description="parts that a model of one task was released without"
     )
+    text_end: bool = Field(
+        True, description="texts that the text encoder reads end with [SEP]; AliceMind's models were trained without"
+    )
     decoding: dict[Literal["caption", "vqa"], DecodingSection] = Field(
         default_factory=dict, description="how the model was made to write, by task; default: as the tasks say"
     )

@@ -50,7 +50,7 @@ class GroundingTask:
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         """The records' boxes are shares of the model's square."""
         tokenizer = texts.tokenizer
-        ids, mask = texts.encode([clean_question(record.phrase) for _, record in drawn])
+        ids, mask = texts.read([clean_question(record.phrase) for _, record in drawn])
         bins = box_to_bins(torch.tensor([record.box for _, record in drawn]), tokenizer.bins)
         box_ids = torch.tensor([tokenizer.box_id(b) for b in range(tokenizer.bins)])
         start = torch.full((len(drawn), 1), tokenizer.cls_id)
@@ -103,7 +103,7 @@ def find_boxes(
     tokenizer, model = ready.tokenizer, ready.model
     need(model.decoder is not None, "decoder")
     need(tokenizer.bins, "box tokens")
-    ids, mask = ready.texts.encode([clean_question(phrase) for phrase in phrases])
+    ids, mask = ready.texts.read([clean_question(phrase) for phrase in phrases])
     ids, mask = ids.to(ready.device), mask.to(ready.device)
     here = images[torch.tensor(list(rows), dtype=torch.long, device=ready.device)]
     memory, memory_mask = model.memory(here, model.encode_text(ids, mask), mask)

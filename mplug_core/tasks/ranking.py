@@ -59,7 +59,7 @@ def encode_texts(ready: Ready, texts: Sequence[str], keep_tokens: bool = True, b
         distinct = encode_texts(ready, list(places), keep_tokens, batch_size)
         order = [places[text] for text in texts]
         return EncodedTexts(distinct.feature[order], [distinct.tokens[i] for i in order] if keep_tokens else [])
-    ids, mask = ready.texts.encode(texts)
+    ids, mask = ready.texts.read(texts)
     lengths = mask.sum(1)
     order = lengths.argsort(stable=True)
     features = torch.empty(len(texts), ready.config.embed_dim)

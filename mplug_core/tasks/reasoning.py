@@ -57,7 +57,7 @@ class ClassificationTask:
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         """DataError if a record's label is hidden."""
-        ids, mask = texts.encode([clean(getattr(record, self._text)) for _, record in drawn])
+        ids, mask = texts.read([clean(getattr(record, self._text)) for _, record in drawn])
         known = LABELS[self.classifier]
         labels = [self._label(record) for _, record in drawn]
         if None in labels:
@@ -178,7 +178,7 @@ def judge(
     CheckpointError if the model has no such classifier.
     """
     need(classifier in ready.config.classifiers, f"classifier {classifier}")
-    ids, mask = (tensor.to(ready.device) for tensor in ready.texts.encode([clean(text) for text in texts]))
+    ids, mask = (tensor.to(ready.device) for tensor in ready.texts.read([clean(text) for text in texts]))
     which = sides(rows, ready.config.classifiers[classifier].images).to(ready.device)
     return classify(ready.model, classifier, images, which, ids, mask).float().softmax(-1).cpu()
 

@@ -52,7 +52,7 @@ class RetrievalTask:
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
         """Each image with one of its captions at random."""
         captions = [clean_caption(rng.choice(record.captions)) for _, record in drawn]
-        ids, mask = texts.encode(captions)
+        ids, mask = texts.read(captions)
         return {"image": rows(drawn), "ids": ids, "mask": mask, "group": caption_groups(captions)}
 
     def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:

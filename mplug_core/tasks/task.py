@@ -30,16 +30,22 @@ from mplug_core.recipe import DataSpec, SelfCriticalSection
 class Texts:
     """How texts become ids: the tokenizer and the longest text, special tokens included.
 
-    ``answers`` is how many answers of a question are trained on (None: all).
+    ``answers`` is how many answers of a question are trained on (None: all). ``end``: texts that are read end with
+    [SEP], as ``model.text_end`` says.
     """
 
     tokenizer: Tokenizer
     max_length: int
     answers: int | None = None
+    end: bool = True
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """``[CLS] text [SEP]`` ids and mask [B, T]."""
+        """``[CLS] text [SEP]`` ids and mask [B, T]: of what is written."""
         return pad([self.tokenizer.encode(text, self.max_length) for text in texts], self.tokenizer.pad_id)
+
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, T] of what the text encoder reads, with [SEP] behind it or, for some models, without."""
+        return pad([self.tokenizer.encode(text, self.max_length, self.end) for text in texts], self.tokenizer.pad_id)
 
 
 @dataclass
@@ -55,7 +61,7 @@ class Ready:
 
     @property
     def texts(self) -> Texts:
-        return Texts(self.tokenizer, self.config.max_positions)
+        return Texts(self.tokenizer, self.config.max_positions, end=self.config.text_end)
 
     def decoding(self, task: Literal["caption", "vqa"], default: Decoding) -> Decoding:
         """How this model writes: ``default`` with what its configuration says for the task."""

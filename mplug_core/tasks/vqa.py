@@ -53,7 +53,7 @@ class VqaTask:
         """
         targets = [(item, weighted_answers(item[1], texts.answers)) for item in drawn if item[1].answers]
         targets = targets or [(drawn[0], [("", 0.0)])]
-        ids, mask = texts.encode([clean_question(record.question) for (_, record), _ in targets])
+        ids, mask = texts.read([clean_question(record.question) for (_, record), _ in targets])
         listed = [(row, *pair) for row, (_, pairs) in enumerate(targets) for pair in pairs]
         target_ids, target_mask = texts.encode([answer for _, answer, _ in listed])
         return {
@@ -202,7 +202,7 @@ def _in_parts(
     found = []
     for start in range(0, len(questions), QUESTIONS_AT_ONCE):
         part = slice(start, start + QUESTIONS_AT_ONCE)
-        ids, mask = ready.texts.encode([clean_question(question) for question in questions[part]])
+        ids, mask = ready.texts.read([clean_question(question) for question in questions[part]])
         ids, mask = ids.to(ready.device), mask.to(ready.device)
         seen = images[torch.tensor(list(rows[part]), device=ready.device)]
         found += answer(*ready.model.memory(seen, ready.model.encode_text(ids, mask), mask))

@@ -80,7 +80,7 @@ class Alignment:
         features = torch.empty(len(captions), self.model.config.embed_dim)
         for start in range(0, len(order), 256):
             chunk = order[start : start + 256]
-            ids, mask = self.texts.encode([captions[i] for i in chunk])
+            ids, mask = self.texts.read([captions[i] for i in chunk])
             with torch.autocast("cpu", torch.bfloat16):
                 features[chunk] = self.model.text_feature(self.model.encode_text(ids, mask), mask).float()
         return features

@@ -24,6 +24,10 @@ from mplug_core.training.distributed import World
 from mplug_core.training.engine_state import ClientState, ParameterState, ZeroState, load_state, save_state
 from mplug_core.training.optimizer import build_optimizer, parameter_groups, scheduled_lr
 
+BUCKET = 50_000_000
+"""Elements of gradients that are sent at once. DeepSpeed's default, ten times as many, is a buffer larger than most of
+these models, made anew in each step."""
+
 
 class Engine(Protocol):
     """Computes steps on ``module``, which the engine may have cast or sharded."""
@@ -213,7 +217,7 @@ def deepspeed_config(
     settings: EngineSection, optimizer: OptimizerSection, batch_size: int, world_size: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration; it ignores unknown keys silently, so nothing is passed through unread."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET}
     if settings.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload == "parameters":

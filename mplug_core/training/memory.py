@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mplug_core.recipe import EngineSection, OptimizerSection, StageSection
-from mplug_core.training.engine import deepspeed_config
+from mplug_core.recipe import EngineSection, StageSection
+from mplug_core.training.engine import BUCKET
 from mplug_core.training.flops import trace_step
 from mplug_core.training.optimizer import parameter_groups
 from mplug_core.training.tracing import Trace
@@ -22,8 +22,6 @@ from mplug_core.training.workload import Workbench, build_parts
 CUDA_CONTEXT = 0.6e9
 """What CUDA and its libraries take for themselves on a GPU."""
 FP32 = 4
-DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's ``reduce_bucket_size`` where the configuration has none."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def _held_gradients(sizes: Sizes, engine: EngineSection, share: float, device: s
     element = 2 if engine.precision == "bf16" else FP32
     if engine.name == "plain" or engine.zero_stage == 0:
         return Held(0.0, FP32 * trained, FP32 * trained)
-    bucket = reduce_bucket(engine)
+    bucket = BUCKET
     if device == "cpu":
         bucket = min(bucket, trained)  # the rest of it is never touched
     partition = FP32 * trained * share
@@ -187,9 +185,3 @@ def _held_gradients(sizes: Sizes, engine: EngineSection, share: float, device: s
     # its own part in the compute type, always there; the optimizer's step widens a group at a time
     buffer = element * (bucket + trained * share)
     return Held(element * trained * share, buffer, buffer + FP32 * group * share)
-
-
-def reduce_bucket(engine: EngineSection) -> int:
-    """Elements of gradients that DeepSpeed sends at once."""
-    zero = deepspeed_config(engine, OptimizerSection(), 1, 1)["zero_optimization"]
-    return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))

@@ -103,9 +103,8 @@ class Trainer:
         start = read_model(recipe.start.model) if recipe.start.model else None
         self.tokenizer = self._tokenizer(start)
         self.config = self._config(start)
-        self.texts = Texts(
-            self.tokenizer, min(recipe.data.max_text, self.config.max_positions), recipe.data.max_answers
-        )
+        longest = min(recipe.data.max_text, self.config.max_positions)
+        self.texts = Texts(self.tokenizer, longest, recipe.data.max_answers, self.config.text_end)
         self.model = MplugModel(self.config)
         self.model.set_checkpointing(recipe.engine.checkpointing)
         self._start_weights(start)

@@ -198,7 +198,7 @@ class Workbench:
     @property
     def texts(self) -> Texts:
         longest = min(self.recipe.data.max_text, self.config.max_positions)
-        return Texts(self.tokenizer, longest, self.recipe.data.max_answers)
+        return Texts(self.tokenizer, longest, self.recipe.data.max_answers, self.config.text_end)
 
     @property
     def model(self) -> MplugModel:

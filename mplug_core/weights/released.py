@@ -82,6 +82,8 @@ def read_released(place: Path, image_size: int | None = None) -> Released:
             f"put its own vocab.txt into {folder}",
         )
     layout = "modelscope" if is_modelscope(folder) else "alicemind"
+    if layout == "alicemind":  # its tokenizer put nothing behind a text; ModelScope's release has BERT's own
+        conversion.config = conversion.config.model_copy(update={"text_end": False})
     return Released(conversion, tokenizer, file, layout, settings.task, pages.release)
 
 

@@ -129,19 +129,13 @@ def test_caption_by_a_name(
 
 
 def test_caption_by_a_released_file_behind_a_url(mplug: Mplug, web: Loopback, photo: Path, tmp_path: Path) -> None:
-    import torch
+    from tests.released import SMALL, released, vocabulary, write_alicemind
 
-    from tests.weights.test_official import WORDS, released_shapes
-
-    torch.manual_seed(0)
-    shapes = released_shapes(16)
-    tensors = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items() if "decoder.weight" not in name}
-    torch.save({"model": tensors}, tmp_path / "tiny.pth")
+    write_alicemind(tmp_path / "tiny.pth", released())
     web.pages["/tiny.pth"] = Page((tmp_path / "tiny.pth").read_bytes(), etag='"1"', cuts=[10_000])
     path = Path(mplug("model", "pull", f"{web.url}/tiny.pth").lines[0])
     assert path.read_bytes() == (tmp_path / "tiny.pth").read_bytes() and len(web.requests) == 2
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(WORDS - 5))]
-    (path.parent / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    (path.parent / "vocab.txt").write_text(vocabulary(SMALL.words))
     done = mplug("caption", photo, "--model", f"{web.url}/tiny.pth", "--max-tokens", "8")
     assert (done.code, len(done.lines)) == (0, 1), done.err
     assert len(web.requests) == 2

@@ -42,6 +42,7 @@ def test_what_is_wrong_is_told() -> None:
     assert outcome([-9, 0], [], (0,)) == ["the other rank ended with [0]"]
 
 
+@pytest.mark.slow
 def test_differences_are_found(tmp_path: Path, scenes: Path) -> None:
     """The comparison can fail: a bit of a tensor, a line of the log, and a save that was cut off all show."""
     whole, other = tmp_path / "whole", tmp_path / "other"

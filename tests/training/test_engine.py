@@ -15,7 +15,7 @@ from torch import nn
 from mplug_core.errors import RecipeError
 from mplug_core.recipe import EngineSection, OptimizerSection
 from mplug_core.training.distributed import World
-from mplug_core.training.engine import PlainEngine, build_engine, deepspeed_config
+from mplug_core.training.engine import BUCKET, PlainEngine, build_engine, deepspeed_config
 from tests.training.losses import RUNS, losses
 
 ROOT = Path(__file__).parent.parent.parent
@@ -137,6 +137,7 @@ def test_deepspeed_configuration() -> None:
     config = deepspeed_config(settings, OptimizerSection(clip=0.5), batch_size=4, world_size=2)
     assert config["train_batch_size"] == 24 and config["gradient_clipping"] == 0.5
     assert config["bf16"]["enabled"] and config["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert config["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    zero = {"stage": 2, "reduce_bucket_size": BUCKET, "offload_optimizer": {"device": "cpu"}}
+    assert config["zero_optimization"] == zero
     with pytest.raises(ValueError, match="bf16 needs zero_stage"):
         EngineSection(zero_stage=0, precision="bf16")

@@ -116,7 +116,9 @@ def test_packs_are_checked_by_their_index(quick: None, scenes: Path, tmp_path: P
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-def test_faults_are_all_found_at_once(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_all_found_at_once(
+    quick: None, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluate = {"val": {"path": str(tmp_path / "absent"), "split": "val", "tasks": ["caption"]}}
     recipe = scene_recipe(scenes, tmp_path / "run", *PAIRS, "data.sources.scenes.path=gone", evaluate=evaluate)
     usage = namedtuple("usage", "total used free")
@@ -126,7 +128,6 @@ def test_faults_are_all_found_at_once(scenes: Path, tmp_path: Path, monkeypatch:
     assert len(messages) == 3 and found.exit_code == 3, messages
     assert "data.sources.scenes: there is no data at gone" in messages[0]
     assert "evaluate.val: " in messages[1] and "are needed in" in messages[2]
-    assert found.stages[0].flops is not None  # with invented texts
 
 
 def test_images_that_are_missing_beyond_the_budget(quick: None, scenes: Path, tmp_path: Path) -> None:

@@ -394,6 +394,7 @@ def launch(
     )
 
 
+@pytest.mark.slow
 def test_deepspeed_trains_as_plain_does(scenes: Path, tmp_path: Path) -> None:
     """Two stages, so that the second one starts from what the first one's engine leaves behind."""
     changes = ("engine.accumulate=2", "model.dropout=0")

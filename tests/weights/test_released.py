@@ -53,6 +53,9 @@ class TestLayouts:
             loaded = load_model(str(place))
             assert equal(loaded.model.state_dict(), want)
             assert (loaded.config.stride, loaded.config.rule, loaded.config.heads) == (2, "released", 2)
+            # texts are read without [SEP], and written with it
+            assert loaded.tokenizer.sep_id not in loaded.texts.read(["a"])[0]
+            assert loaded.texts.encode(["a"])[0][0, -1] == loaded.tokenizer.sep_id
 
     def test_old_format_and_safetensors(self, tmp_path: Path, want: dict[str, Tensor]) -> None:
         file = write_alicemind(tmp_path / "a" / "mplug.pth", {})
@@ -69,6 +72,7 @@ class TestLayouts:
         assert equal(loaded.model.state_dict(), want) and loaded.config.stride == 2
         stored = read_model(str(folder))
         assert (stored.layout, stored.task, stored.name) == ("modelscope", task, "m")
+        assert loaded.texts.read(["a"])[0][0, -1] == loaded.tokenizer.sep_id  # BERT's own tokenizer
         written = {"image-captioning": "caption", "visual-question-answering": "vqa"}.get(task)
         assert set(loaded.config.decoding) == ({written} if written else set())
 
