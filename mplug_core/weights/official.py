@@ -399,6 +399,10 @@ def _expected_shapes(config: str) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
+COUNTER = ".num_batches_tracked"
+"""Of batch norms: what is no weight, and no float."""
+
+
 def missing_by_part(config: MplugConfig, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Our parameters that ``state`` doesn't hold, by part; CheckpointError for a wrong shape."""
     missing: dict[str, list[str]] = {}
@@ -407,6 +411,6 @@ def missing_by_part(config: MplugConfig, state: Mapping[str, Tensor]) -> dict[st
             missing.setdefault(part_of(name), []).append(name)
         elif state[name].shape != shape:
             raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, not {tuple(shape)}", DAMAGED)
-        elif state[name].dtype not in FLOATS:
+        elif state[name].dtype not in FLOATS and not name.endswith(COUNTER):
             raise CheckpointError(f"{name} holds {state[name].dtype}, which are no weights", DAMAGED)
     return missing

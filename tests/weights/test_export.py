@@ -17,7 +17,7 @@ from mplug_core.training.start import fill_from
 from mplug_core.weights import quantised
 from mplug_core.weights.export import DTYPES, build, check_target, export_int8, export_safetensors, read_source
 from mplug_core.weights.faults import without_parts
-from mplug_core.weights.folder import load_model, read_model, save_model, write_folder
+from mplug_core.weights.folder import EMBEDDED, load_model, read_model, save_model, write_folder
 from mplug_core.weights.quantised import Int8Linear, computes_int8, dequantise, quantise, quantise_rows
 from tests.small import CLASSIFIERS, CNN, small_model
 
@@ -282,3 +282,10 @@ def test_a_model_without_a_masked_head_stays_one(folder: Path, tmp_path: Path) -
     export_int8(source, tmp_path / "q", "fp32", "")
     assert outputs(load_model(str(tmp_path / "q")).model).keys()
     assert build(source).masked_head is None
+
+
+def test_the_embedded_model_with_its_batch_norms(tmp_path: Path) -> None:
+    export_int8(read_source(None), tmp_path / "q", "bf16", "")
+    small, whole = tmp_path / "q" / "model.safetensors", EMBEDDED / "model.safetensors"
+    assert small.stat().st_size < 0.6 * whole.stat().st_size
+    assert load_model(str(tmp_path / "q")).config == load_model(None).config
