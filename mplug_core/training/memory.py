@@ -22,6 +22,8 @@ from mplug_core.training.workload import Workbench, build_parts
 CUDA_CONTEXT = 0.6e9
 """What CUDA and its libraries take for themselves on a GPU."""
 FP32 = 4
+LIVE = 1_000_000_000
+"""Gathered parameters that stage 3 lets live at once: DeepSpeed's ``stage3_max_live_parameters``."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +134,15 @@ def estimate_memory(
     low = element < FP32
     weights = float(element * sizes.all)
     if zero == 3:
-        weights *= share  # a layer is whole only while it is computed
+        weights *= share  # what the others hold is gathered while it is computed with
     masters = FP32 * sizes.trained * share if low or zero else 0.0
     moments = 2 * FP32 * sizes.trained * share
     teacher = float(FP32 * (sizes.teacher + sizes.average) + sizes.queue_bytes)
     engine_holds = _held_gradients(sizes, engine, share, device)
     offloaded = engine.offload != "none" and zero > 0
-    # AdamW computes on all parameters of a group at once, and holds one tensor more of each
-    step_work = 0.0 if offloaded else FP32 * sizes.largest_group * share
     forward_backward = activations.at(scale) + engine_holds.always
-    peak = max(forward_backward, engine_holds.after_backward, engine_holds.in_step + step_work)
+    # AdamW, which is fused, holds nothing of its own
+    peak = max(forward_backward, engine_holds.after_backward, engine_holds.in_step)
     host = 0.0
     if offloaded:
         host, masters, moments = masters + moments + FP32 * sizes.trained * share, 0.0, 0.0
@@ -182,6 +183,10 @@ def _held_gradients(sizes: Sizes, engine: EngineSection, share: float, device: s
     if engine.zero_stage == 2:
         buffer = element * bucket
         return Held(accumulated * share, buffer + partition, buffer + partition)
-    # its own part in the compute type, always there; the optimizer's step widens a group at a time
-    buffer = element * (bucket + trained * share)
-    return Held(element * trained * share, buffer, buffer + FP32 * group * share)
+    # its own part in the compute type, always there; the optimizer's step widens a group at a time. Weights that were
+    # gathered stay until there are too many, and gradients are sent from one bucket into another.
+    gathered = element * min(sizes.all, LIVE) * (1 - share)
+    sent = 2 * bucket if share < 1 else bucket
+    buffer = element * (sent + trained * share)
+    always = element * trained * share + gathered + element * (sent - bucket)
+    return Held(always, buffer + gathered, buffer + FP32 * group * share)
