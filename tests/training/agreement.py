@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mplug_core.data.scenes import write_scenes
@@ -64,13 +64,12 @@ def difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> fl
     return max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) for name in a)
 
 
-def table(
+def differences(
     folder: Path, precisions: Sequence[str] = ("fp32", "bf16"), stages: Sequence[int] = (0, 1, 2, 3)
-) -> dict[str, float]:
-    """Name of a run -> its largest difference from the plain engine."""
+) -> Iterator[tuple[str, float]]:
+    """Name of a run, and its largest difference from the plain engine, one after the other."""
     scenes = folder / "scenes"
     write_scenes(scenes, 40, 0, 48)
-    found: dict[str, float] = {}
 
     def run(name: str, *settings: str, processes: int = 1) -> list[dict[str, float]]:
         return losses(scene_recipe(scenes, folder / name.replace(" ", "-"), *settings), processes)
@@ -80,7 +79,7 @@ def table(
         common = (*COMMON, f"engine.precision={precision}", "data.sources.scenes.batch_size=8")
         plain = run(f"plain {precision}", *common, "engine.accumulate=2")
         if exact:  # the noise of the precision itself, to compare with
-            found[f"plain, {precision} against {precisions[0]}"] = difference(exact, plain)
+            yield f"plain, {precision} against {precisions[0]}", difference(exact, plain)
         exact = exact or plain
         plain_but_itc = run(f"but itc {precision}", *common, "engine.accumulate=2", "objectives.itc=0")
         for stage in stages:
@@ -88,19 +87,18 @@ def table(
                 continue
             engine = (*common, "engine.name=deepspeed", f"engine.zero_stage={stage}")
             one = run(f"zero {stage} {precision}", *engine, "engine.accumulate=2")
-            found[f"zero {stage}, {precision}"] = difference(plain, one)
+            yield f"zero {stage}, {precision}", difference(plain, one)
             two = run(f"zero {stage} {precision} two", *engine, "objectives.itc=0", processes=2)
-            found[f"zero {stage}, {precision}, 2 processes, all but ITC"] = difference(plain_but_itc, two)
+            yield f"zero {stage}, {precision}, 2 processes, all but ITC", difference(plain_but_itc, two)
     single_captions(scenes)
     whole = run("itc plain", *ITC, "engine.precision=fp32", "data.sources.scenes.batch_size=16")
     for stage in stages:
         engine = ("engine.name=deepspeed", "engine.precision=fp32", f"engine.zero_stage={stage}")
         halves = run(f"itc zero {stage}", *ITC, *engine, "data.sources.scenes.batch_size=8", processes=2)
-        found[f"zero {stage}, fp32, 2 processes, ITC"] = difference(whole, halves)
-    return found
+        yield f"zero {stage}, fp32, 2 processes, ITC", difference(whole, halves)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        for name, value in table(Path(folder), tuple(sys.argv[1:]) or ("fp32", "bf16")).items():
-            print(f"{name:<45} {value:.1e}")
+        for name, value in differences(Path(folder), tuple(sys.argv[1:]) or ("fp32", "bf16")):
+            print(f"{name:<45} {value:.1e}", flush=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.agreement import table
+from tests.training.agreement import differences
 
 
 @pytest.mark.slow
 def test_engines_and_processes_agree(tmp_path: Path) -> None:
     """ZeRO 2 stands for the stages, all of which ``python -m tests.training.agreement`` compares."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    found = table(tmp_path, ("fp32",), (2,))
+    found = dict(differences(tmp_path, ("fp32",), (2,)))
     assert len(found) == 3
     assert max(found.values()) <= 1e-5, found
