@@ -19,6 +19,7 @@ names; UsageError for a call that makes no sense; CheckpointError for a model th
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -183,6 +184,32 @@ class Mplug(Loaded):
             dtype=_dtype(dtype) or self.dtype,
         )  # fmt: skip
         return Path(folder)
+
+    def push_to_hub(
+        self,
+        target: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        licence: str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> str:
+        """Upload the model with a model card, in one commit; returns its address.
+
+        ``target`` is ``org/name`` on Hugging Face, or ``ms:org/name`` on ModelScope; ``dtype`` as in
+        :meth:`save_pretrained`. MplugError, in one line, for what a hub or the network says.
+
+        >>> model.push_to_hub("org/name", private=True, licence="apache-2.0")
+        'https://huggingface.co/org/name/commit/...'
+        """
+        from mplug_core.weights.publish import prepare, push
+        from mplug_core.weights.target import Target
+
+        place = Target.parse(target if target.startswith(("hf:", "ms:")) else f"hf:{target}")
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self.save_pretrained(Path(folder) / "model", dtype=dtype)
+            return push(prepare(str(saved), place, private, revision, message, licence))
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Mplug:
         """Move the network to a device, and have it compute in ``dtype``; returns this object.

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mplug_core.api import Mplug
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import CheckpointError, MplugError, UsageError
 from mplug_core.weights.card import Card
@@ -62,6 +63,13 @@ def test_a_push_is_one_commit_of_the_model_and_a_card(folder: Path, hub: UploadH
     for name, content in files.items():
         (back / name).write_bytes(content)
     assert load_model(str(back)).config == load_model(str(folder)).config
+
+
+def test_from_python(folder: Path, hub: UploadHub) -> None:
+    address = Mplug.from_pretrained(str(folder)).push_to_hub("org/name", licence="mit")
+    files = hub.repositories["org/name"].branches["main"]
+    assert "org/name" in address and b"license: mit" in files["README.md"]
+    assert len(files["model.safetensors"]) >= 4 * 1000  # as it computes, in float32
 
 
 def test_a_further_push_keeps_what_is_there(folder: Path, hub: UploadHub) -> None:
