@@ -5,6 +5,7 @@ A launcher that did so already (torchrun, DeepSpeed's, SLURM's) has set variable
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -17,13 +18,17 @@ from mplug_core.errors import UsageError
 
 GRACE = 20.0
 """Seconds that the other processes get to end by themselves when one has failed."""
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """Variables by which a process knows that a launcher has started it."""
+PDEATHSIG = 1
+"""Option ``PR_SET_PDEATHSIG`` of Linux's ``prctl``."""
 
 
 def is_launched() -> bool:
     """Whether this process is one of those that a launcher started."""
-    return any(name in os.environ for name in LAUNCHERS)
+    from mplug_core.training.distributed import launched_by_slurm
+
+    return any(name in os.environ for name in LAUNCHERS) or launched_by_slurm(os.environ)
 
 
 def processes_wanted(devices: str, engine: str) -> int:
@@ -72,7 +77,7 @@ def run_in_processes(count: int, arguments: Sequence[str]) -> int:
             # else each takes all cores for itself
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
             command = [sys.executable, "-m", "mplug_cli.app", *arguments]
-            processes.append(subprocess.Popen(command, env=environment))
+            processes.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
         return _wait(processes)
     finally:
         for process in processes:
@@ -80,6 +85,12 @@ def run_in_processes(count: int, arguments: Sequence[str]) -> int:
                 process.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Have the system ask this process to stop when the one that started it dies, however it dies; Linux alone can."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> int:

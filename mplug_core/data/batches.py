@@ -134,6 +134,11 @@ class Source:
             raise DataError(f"source {name}: no records")
         self.per_group = max(len(group) for group in self.groups)
 
+    def can_be_cut(self, pieces: int) -> bool:
+        """Whether ``pieces`` batches of the section's size are as much as one of ``pieces`` times that size."""
+        whole = max(1, pieces * self.section.batch_size // self.per_group)
+        return self.groups_per_batch() * pieces == whole
+
     def groups_per_batch(self) -> int:
         """How many groups make ``batch_size`` images."""
         return max(1, self.section.batch_size // self.per_group)
@@ -266,7 +271,7 @@ class Source:
             boxes=not _KNOW_PLACES.isdisjoint(section.tasks),
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.getrandbits(62))
+            torch.default_generator.manual_seed(rng.getrandbits(62))  # torch.manual_seed is the GPU's, too
             return transform(picture, self.targets(image) if "grounding" in section.tasks else None)
 
     def targets(self, image: int) -> list[Box]:
@@ -299,8 +304,12 @@ class Lots(Dataset):
     def __init__(self, sources: Sequence[Source], seed: int, rank: int = 0, world: int = 1) -> None:
         self.sources, self.seed, self.rank, self.world = list(sources), seed, rank, world
 
-    def __getitem__(self, micro_step: int) -> list[Batch]:
-        return [source.draw(self.seed, micro_step * self.world + self.rank) for source in self.sources]
+    def __getitem__(self, micro_step: int) -> list[Batch] | DataError:
+        try:
+            return [source.draw(self.seed, micro_step * self.world + self.rank) for source in self.sources]
+        except DataError as error:
+            # torch would raise what a worker raised with its traceback for a message
+            return DataError(error.message, error.hint, error.code)
 
     def loader(self, first: int, last: int, workers: int = 0, timeout: float = 0) -> Iterator[list[Batch]]:
         """The micro-steps ``first`` .. ``last - 1`` in order.
@@ -319,7 +328,10 @@ class Lots(Dataset):
             multiprocessing_context="fork" if workers else None,
         )
         try:
-            yield from batches
+            for drawn in batches:
+                if isinstance(drawn, DataError):
+                    raise drawn
+                yield drawn
         except RuntimeError as error:
             if lost := lost_worker(error):
                 raise DataError(lost, "free memory or lower data.workers, and run it again to go on") from error
@@ -334,6 +346,6 @@ def lost_worker(error: RuntimeError) -> str | None:
     text = str(error)
     if "exited unexpectedly" in text or "is killed by signal" in text:
         return "a worker of the data loader has died"
-    if "timed out" in text:
+    if "DataLoader timed out" in text:
         return f"the data loader gave nothing for {text.rsplit('after ', 1)[-1].split(' ')[0]} seconds"
     return None

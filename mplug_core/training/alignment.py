@@ -56,7 +56,11 @@ class Alignment:
 
     def run(self, file: Path) -> StandIn:
         """The fitted stand-ins; everything else is set in place."""
-        state = load_file(file) if file.exists() else self._compute()
+        if file.exists():
+            state = load_file(file)
+        else:
+            with torch.random.fork_rng(devices=[]):  # whoever finds the file goes on with the same random state
+                state = self._compute()
         if not file.exists():
             beside = file.with_suffix(".part")
             save_file(state, beside)
@@ -170,7 +174,7 @@ class Alignment:
         """Train a member's ``layers`` on standardised ``inputs`` [views, images, P] of the images ``seen``."""
         settings = self.settings
         generator = torch.Generator().manual_seed(self.seed * 100 + fold)
-        torch.manual_seed(self.seed * 100 + fold)
+        torch.default_generator.manual_seed(self.seed * 100 + fold)
         every = torch.cat([of_image[i] for i in seen])
         with torch.no_grad():
             layers[-1].weight.mul_(0.3)

@@ -83,7 +83,11 @@ def write_checkpoint(
             if world.is_first:
                 full = {**meta, "format": FORMAT, "world": world.size, "written": time.time()}
                 (beside / META).write_text(json.dumps(full, indent=1), encoding="utf-8")
-        names = world.gather_objects(_files_of(beside) if world.is_first else None)[0]
+        found: list[str] | None = None
+        with together(world), _disk_errors(name, root):
+            if world.is_first:
+                found = _files_of(beside)
+        names = world.gather_objects(found)[0]
         with together(world), _disk_errors(name, root):
             # what the first process finds is complete, as all have written
             mine = {name: _sealed(beside / name) for name in names[world.rank :: world.size]}
@@ -238,7 +242,9 @@ def latest_checkpoint(run: Path, world: World | None = None, note: Note = lambda
     world = world or ALONE
     root = checkpoint_folder(run)
     # one process looks: where folders are shared by network, others may see them later
-    names, pointed, said = world.gather_objects(_candidates(root) if world.is_first else None)[0]
+    with together(world):
+        found = _candidates(root) if world.is_first else None
+    names, pointed, said = world.gather_objects(found)[0]
     if said:
         note(f"{root / POINTER} names {said}, which is not there")
     passed = []

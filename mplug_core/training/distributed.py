@@ -29,6 +29,8 @@ class World:
         def number(name: str, default: int) -> int:
             return int(os.environ.get(name, default))
 
+        if torch.cuda.device_count() == 1:  # a launcher that shows each process its own device alone
+            os.environ["LOCAL_RANK"] = "0"
         return cls(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0))
 
     @property

@@ -53,6 +53,9 @@ class Engine(Protocol):
     def load(self, folder: Path) -> None:
         """Go on from what any engine saved; CheckpointError, on all processes, if it doesn't fit the model."""
 
+    def close(self) -> None:
+        """Free what the engine holds beside the module; nothing can be computed any more."""
+
 
 def build_engine(
     module: nn.Module, settings: EngineSection, optimizer: OptimizerSection, world: World, batch_size: int
@@ -125,6 +128,9 @@ class PlainEngine:
     def load(self, folder: Path) -> None:
         load_state(self, folder)
 
+    def close(self) -> None:
+        self.optimizer.state.clear()
+
 
 class DeepSpeedEngine:
     """DeepSpeed's engine: ZeRO stage 0-3, bf16 with fp32 masters, on CPU (gloo) or CUDA (NCCL)."""
@@ -192,6 +198,10 @@ class DeepSpeedEngine:
         with self.whole(list(self.module.parameters())):
             pass
 
+    def close(self) -> None:
+        # its hooks hold it, and with it the weights and averages of a whole stage
+        self.engine.destroy()
+
 
 def import_deepspeed() -> Any:
     """DeepSpeed, set up so that it needs no compiler, no MPI and no launcher for a single process."""
@@ -206,6 +216,9 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # compiled at first use otherwise, for 1-6 % of speed on a CPU
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        # before the processes meet: gathered objects go by way of the current device, which NCCL holds them to
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # the others wait while the first process evaluates; what hangs ends by run.stall_seconds
@@ -229,6 +242,7 @@ def deepspeed_config(
         "gradient_clipping": optimizer.clip if settings.zero_stage else 0.0,  # at stage 0 this file clips
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloading takes PyTorch's AdamW, too
         "steps_per_print": 10**9,
         "bf16": {"enabled": settings.precision == "bf16"},
     }

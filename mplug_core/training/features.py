@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import socket
 from dataclasses import astuple
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def cache_features(
         return np.load(file, mmap_mode="r"), np.load(places)
     folder.mkdir(parents=True, exist_ok=True)
     # processes of one run may compute the same file at once: each writes its own
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     visual = model.visual.eval()
     cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
     shape = (views, len(source.images), cells, visual.width)

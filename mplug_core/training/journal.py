@@ -34,6 +34,21 @@ class Journal:
                 self.file.unlink(missing_ok=True)
         self.write("begin", step=step, resumed=resumed, steps=steps, **this_process())
 
+    def holder(self) -> int | None:
+        """The process that is running in this folder now, if it is another one on this machine."""
+        begin: dict[str, Any] | None = None
+        try:
+            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return None
+        for line in lines:
+            with contextlib.suppress(ValueError, AttributeError):
+                event = json.loads(line)
+                begin = event if event.get("event") == "begin" else None if event.get("event") in ENDS else begin
+        if begin is None or begin.get("pid") == os.getpid() or not is_alive(begin):
+            return None
+        return begin["pid"]
+
     def write(self, event: str, **values: Any) -> None:
         """One event with the time now."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, default=str) + "\n"

@@ -224,7 +224,7 @@ class StageLoop:
         if row >= most:
             raise MplugError(
                 f"the loss is not finite: {row} steps in a row, the last of them {total}",
-                f"{self._last_checkpoint()}; lower optimizer.lr, or look at the data",
+                f"{self._last_checkpoint()}; look at the data, or start anew from its model with a lower optimizer.lr",
             )
 
     def _last_checkpoint(self) -> str:

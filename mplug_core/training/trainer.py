@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import time
@@ -44,6 +45,7 @@ from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine, import_deepspeed
 from mplug_core.training.engine_state import whole_state
 from mplug_core.training.features import cache_features
+from mplug_core.training.journal import Journal
 from mplug_core.training.loop import Progress, StageLoop, Watch
 from mplug_core.training.optimizer import for_stage
 from mplug_core.training.precision import multiplies_bf16, settled
@@ -100,6 +102,18 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self._render_scenes()
         self.stages = recipe.stages or [StageSection(name="train")]
+        with together(self.world):
+            self._set_up(recipe)
+        self.stand_in: StandIn | None = None
+        self.progress = Progress()
+        self.average: Teacher | None = None
+        if recipe.run.average:
+            self.average = Teacher(self.model, recipe.run.average).to(self.world.device)
+
+    # -- preparation -------------------------------------------------------------------------------------------------
+
+    def _set_up(self, recipe: Recipe) -> None:
+        """Vocabulary, model, tasks and sources. No meeting of the processes."""
         start = read_model(recipe.start.model) if recipe.start.model else None
         self.tokenizer = self._tokenizer(start)
         self.config = self._config(start)
@@ -111,25 +125,23 @@ class Trainer:
         self.tasks = self._all_tasks()
         self._check_evaluations()
         self.sources = {name: self._source(name) for name in recipe.data.sources}
-        self.stand_in: StandIn | None = None
-        self.progress = Progress()
-        self.average: Teacher | None = None
-        if recipe.run.average:
-            self.average = Teacher(self.model, recipe.run.average)
-
-    # -- preparation -------------------------------------------------------------------------------------------------
+        for name, source in self.sources.items():
+            if not source.can_be_cut(self.pieces):
+                raise CheckpointError(
+                    f"{self.world.size} processes can't share the batches of {name}, whose images belong together",
+                    f"start {self.meta['world']} processes, or fewer",
+                )
 
     def _render_scenes(self) -> None:
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
-        if scenes is None or holds_scenes(folder, scenes.n, scenes.seed, scenes.size):
+        if scenes is None:
             return
-        if self.checkpoint is not None and folder.exists():
-            return  # other scenes, and so another recipe, which is refused when all of it is known
-        if self.world.is_first:
-            self.watch("note", {"text": f"rendering {scenes.n} scenes"})
-            write_scenes(folder, scenes.n, scenes.seed, scenes.size)
-        while not holds_scenes(folder, scenes.n, scenes.seed, scenes.size):  # another process, not yet connected
-            time.sleep(1)
+        with together(self.world):
+            # with a checkpoint other scenes are another recipe, which is refused when all of it is known
+            known = holds_scenes(folder, scenes.n, scenes.seed, scenes.size) or (self.checkpoint and folder.exists())
+            if self.world.is_first and not known:
+                self.watch("note", {"text": f"rendering {scenes.n} scenes"})
+                write_scenes(folder, scenes.n, scenes.seed, scenes.size)
 
     def _tokenizer(self, start: Stored | None) -> Tokenizer:
         if self.checkpoint is not None:
@@ -380,11 +392,16 @@ class Trainer:
                 self._write_folder(values, anew=checkpoint is None)
 
     def _write_folder(self, values: dict[str, Any], anew: bool) -> None:
+        holder = Journal(self.folder).holder()
+        if holder is not None:
+            raise MplugError(f"process {holder} is running in {self.folder}", "stop it, wait for it, or set run.folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_text(self.folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False))
             self.tokenizer.save(self.folder / "vocab.txt")
             if anew:
+                for stage in self.stages:  # what an aligning stage has found
+                    (self.folder / f"{stage.name}.safetensors").unlink(missing_ok=True)
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "best", ignore_errors=True)
         except OSError as error:
@@ -428,11 +445,12 @@ class Trainer:
         note = lambda text: self.watch("note", {"text": text})  # noqa: E731
         alignment = Alignment(self.model, self.texts, sources, stage.align, optimizer, steps, self.recipe.seed, note)
         file = self.folder / f"{stage.name}.safetensors"
-        if self.world.is_first or file.exists():
-            self.stand_in = alignment.run(file)
-        self.world.barrier()
-        if self.stand_in is None:
-            self.stand_in = alignment.run(file)
+        with together(self.world):
+            if self.world.is_first:
+                self.stand_in = alignment.run(file)
+        with together(self.world):
+            if self.stand_in is None:
+                self.stand_in = alignment.run(file)
         if self.average is not None:
             self.average.reset(self.model)
 
@@ -465,6 +483,11 @@ class Trainer:
         loop = StageLoop(self, stage, engine, module, objectives, optimizer, sources, steps, teacher, queue)
         loop.run()
         self._take_back(engine, module)
+        engine.close()
+        del loop, engine, module
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _take_back(self, engine: Engine, module: TrainStep) -> None:
         """A fresh fp32 model and fresh heads with the trained weights, free of what the engine did to the old ones."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,8 @@ import pytest
 from mplug_cli import launch
 from mplug_core.errors import UsageError
 from mplug_core.training.distributed import first_host, launched_by_slurm, variables_of_slurm
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +39,41 @@ def test_processes_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.processes_wanted("auto", "deepspeed") == 1
     with pytest.raises(UsageError, match="a launcher has started"):
         launch.processes_wanted("2", "deepspeed")
+
+
+def test_a_shell_inside_of_a_slurm_job_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_NTASKS", "1")):
+        monkeypatch.setenv(name, value)
+    assert launch.processes_wanted("auto", "deepspeed") == 4
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert launch.processes_wanted("auto", "deepspeed") == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells a process of its parent's death")
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = """
+    def stop(number, frame):
+        open(f'stopped-{rank}', 'w').close()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+    open(f'ready-{rank}', 'w').close()
+    time.sleep(100)
+    """
+    fake_app(tmp_path, monkeypatch, body)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mplug_cli.launch import *; run_in_processes(2, [])"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)))
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: all((tmp_path / f"stopped-{rank}").exists() for rank in (0, 1)))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def fake_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:

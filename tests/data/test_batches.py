@@ -171,6 +171,21 @@ def test_batch_without_any_readable_image(tmp_path: Path) -> None:
         source(captions([tmp_path / f"{k}.png" for k in range(4)])).draw(0, 0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_ends_a_loader_is_said_as_without_workers(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    records = {"caption": [CaptionRecord(tmp_path / "bad.jpg", ("a",), "0")]}
+    with pytest.raises(DataError, match="^source photos: no image of a batch can be read") as caught:
+        next(Lots([source(records)], 0).loader(0, 3, workers))
+    assert caught.value.hint == "repair the images" and caught.value.exit_code == 3
+
+
+def test_batches_of_images_that_belong_together_can_t_always_be_cut(photos: list[Path]) -> None:
+    pairs = {"statements": [StatementRecord((photos[0], photos[1]), "s", True, "0")]}
+    assert source(pairs, batch_size=4).can_be_cut(2)  # of 8: 4 pairs, 2 and 2
+    assert not source(pairs, batch_size=1).can_be_cut(4)  # of 4: 2 pairs, not 1 for each of 4
+
+
 def test_a_batch_of_which_nothing_is_true_is_drawn_anew(photos: list[Path]) -> None:
     """A pair of which an image is mirrored, and its statement, which names a side."""
     pairs = [(photos[2 * k], photos[2 * k + 1]) for k in range(6)]

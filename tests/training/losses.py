@@ -24,6 +24,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain accumulated": {"name": "plain", "precision": "fp32", "accumulate": 2},
     "plain bf16": {"name": "plain", "precision": "bf16"},
     **{f"zero {stage}": {"zero_stage": stage, "precision": "fp32"} for stage in (0, 1, 2, 3)},
+    "zero 2 offload": {"zero_stage": 2, "precision": "fp32", "offload": "optimizer"},
+    "zero 3 offload": {"zero_stage": 3, "precision": "fp32", "offload": "parameters"},
     "zero 2 accumulated": {"zero_stage": 2, "precision": "fp32", "accumulate": 2},
     "zero 3 accumulated": {"zero_stage": 3, "precision": "fp32", "accumulate": 2},
     **{f"zero {stage} bf16": {"zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)},

@@ -113,6 +113,20 @@ class TestState:
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
         assert read_run(tmp_path).state == "failed"
 
+    def test_a_folder_that_another_process_runs_in(self, tmp_path: Path) -> None:
+        code = (
+            "import sys; from mplug_core.training.journal import *; Journal(Path(sys.argv[1])).begin(0, False); "
+            "print(flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            assert Journal(tmp_path).holder() == other.pid
+            other.stdin.close()
+        assert Journal(tmp_path).holder() is None  # it has gone without a word
+        Journal(tmp_path).begin(0, resumed=True)
+        assert Journal(tmp_path).holder() is None  # it is this process
+
     def test_a_number_that_another_process_has_by_now(self) -> None:
         begin = {"event": "begin", **journal.this_process()}
         assert journal.is_alive(begin) is True

@@ -32,7 +32,8 @@ def test_how_it_is_computed_may_change_and_is_told() -> None:
     other = {"name": "deepspeed", "zero_stage": 3, "accumulate": 4, "checkpointing": ["text"], "offload": "optimizer"}
     old = {"engine": {**engine, "precision": "bf16"}, "run": {"keep": 1}, "evaluate": {"val": {"limit": 3}}}
     new = {"engine": {**other, "precision": "bf16", "threads": None}, "run": {"keep": 5}, "evaluate": {}}
-    told = refuse_other_recipe(old, {**new, "data": {"root": "there", "workers": 3}}, Path("r"))
+    data = {"root": "there", "workers": 3, "max_bad_fraction": 0.5, "cache": "/fast", "cache_gb": 9}
+    told = refuse_other_recipe(old, {**new, "data": data}, Path("r"))
     assert [line.split(":")[0] for line in told] == [
         "data.root", "engine.checkpointing", "engine.name", "engine.offload", "engine.threads", "engine.zero_stage",
     ]  # fmt: skip

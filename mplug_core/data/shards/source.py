@@ -57,6 +57,10 @@ class ShardSource(Source):
         for number, error in () if pack.fetched else pack.faults():
             self._note_damaged(number, error)
 
+    def can_be_cut(self, pieces: int) -> bool:
+        whole = max(1, pieces * self.section.batch_size // self.per_sample)
+        return self.samples_per_lot() * pieces == whole
+
     def samples_per_lot(self) -> int:
         """How many samples make ``batch_size`` images."""
         return max(1, self.section.batch_size // self.per_sample)
