@@ -29,6 +29,7 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.caption import CaptionTask, forbidden_tokens
+from mplug_core.tasks.task import own_decoding
 from mplug_core.tasks.vqa import VqaTask
 from mplug_core.weights.durable import replace_folder
 
@@ -338,7 +339,9 @@ def describe(
     config: MplugConfig, tokenizer: Tokenizer, graphs: list[Graph], differences: dict[str, float], opset: int
 ) -> dict[str, Any]:
     """What ``meta.json`` says: how pictures and texts become inputs, the graphs, and how to decode."""
-    vision, caption, vqa = config.vision, CaptionTask.decoding, VqaTask.decoding
+    vision = config.vision
+    caption = own_decoding(config, "caption", CaptionTask.decoding)
+    vqa = own_decoding(config, "vqa", VqaTask.decoding)
     return {
         "format": 1,
         "opset": opset,
@@ -350,6 +353,7 @@ def describe(
             "vocabulary": "vocab.txt", "lower_case": True, "max_positions": config.max_positions,
             "pad": tokenizer.pad_id, "start": tokenizer.cls_id, "end": tokenizer.sep_id,
             "forbidden": forbidden_tokens(tokenizer), "box_bins": config.box_bins,
+            "text_end": config.text_end,
         },
         "classifiers": {name: c.model_dump() for name, c in config.classifiers.items()},
         "decoding": {"caption": caption.model_dump(mode="json"), "vqa": vqa.model_dump(mode="json")},

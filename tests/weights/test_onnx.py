@@ -15,9 +15,11 @@ from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import MplugError
 from mplug_core.generation import Decoding, generate
 from mplug_core.model.mplug import MplugModel
+from mplug_core.tasks.caption import CaptionTask
+from mplug_core.tasks.vqa import VqaTask
 from mplug_core.weights import onnx
 from mplug_core.weights.onnx import decoder_graphs, export_onnx, graphs_of, largest_difference, write_graph
-from tests.small import CLASSIFIERS, CNN, small_model
+from tests.small import CLASSIFIERS, CNN, small_config, small_model
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in onnx.PACKAGES), reason="onnx, onnxscript, onnxruntime"
@@ -52,6 +54,16 @@ def test_graphs_are_those_of_the_model(model: MplugModel, tokenizer: Tokenizer) 
     ]  # fmt: skip
     dual = small_model(vocab_size=tokenizer.vocab_size, fusion="none", fusion_layers=0, decoder_layers=0)
     assert [graph.name for graph in graphs_of(dual)] == ["image_encoder", "text_encoder"]
+
+
+def test_meta_says_how_the_model_itself_reads_and_writes(tokenizer: Tokenizer) -> None:
+    config = small_config(vocab_size=tokenizer.vocab_size)
+    assert onnx.describe(config, tokenizer, [], {}, 18)["text"]["text_end"] is True
+    own = {"text_end": False, "decoding": {"vqa": {"strategy": "released", "beams": 7}}}
+    meta = onnx.describe(small_config(vocab_size=tokenizer.vocab_size, **own), tokenizer, [], {}, 18)
+    assert meta["text"]["text_end"] is False
+    assert meta["decoding"]["caption"] == CaptionTask.decoding.model_dump(mode="json")
+    assert meta["decoding"]["vqa"] == {**VqaTask.decoding.model_dump(mode="json"), "strategy": "released", "beams": 7}
 
 
 def test_a_graph_that_differs_is_not_written(
