@@ -56,6 +56,51 @@ def test_graphs_are_those_of_the_model(model: MplugModel, tokenizer: Tokenizer) 
     assert [graph.name for graph in graphs_of(dual)] == ["image_encoder", "text_encoder"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "names", "gone"),
+    [
+        ({"absent": ["matching", "masked"]}, {"text_encoder", "fusion", "decoder"}, {"matching_logits"}),
+        (
+            {"absent": ["contrastive", "masked"]},
+            {"text_encoder", "fusion", "decoder"},
+            {"image_feature", "text_feature"},
+        ),
+        (
+            {"absent": ["text", "contrastive", "matching", "masked"], "fusion": "none", "fusion_layers": 0},
+            {"decoder"},
+            {"image_feature", "text_feature", "matching_logits"},
+        ),
+    ],
+)
+def test_parts_that_a_model_lacks_are_in_no_graph(fields: dict[str, Any], names: set[str], gone: set[str]) -> None:
+    graphs = graphs_of(small_model(**fields))
+    assert {graph.name for graph in graphs} == {"image_encoder", "decoder_memory", *names}
+    assert {"image_feature", "text_feature", "matching_logits"} - {n for g in graphs for n in g.outputs} == gone
+    for graph in graphs:
+        values = graph.module(*onnx._nested(graph, graph.example(onnx.CHECKED[2], torch.Generator().manual_seed(0))))
+        assert isinstance(values, tuple) and len(values) == len(graph.outputs)
+
+
+@needs_onnx
+@pytest.mark.parametrize("fault", ["load", "run"])
+def test_faults_of_onnxruntime_are_one_line(
+    model: MplugModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    import onnxruntime
+
+    class Broken:
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            if fault == "load":
+                self.run()
+
+        def run(self, *arguments: Any) -> None:
+            raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Broken)
+    with pytest.raises(MplugError, match=rf"onnxruntime can't {fault} graph decoder: first \("):
+        largest_difference(decoder_graphs(model)[1], tmp_path / "decoder.onnx")
+
+
 def test_meta_says_how_the_model_itself_reads_and_writes(tokenizer: Tokenizer) -> None:
     config = small_config(vocab_size=tokenizer.vocab_size)
     assert onnx.describe(config, tokenizer, [], {}, 18)["text"]["text_end"] is True
@@ -211,6 +256,18 @@ def test_folder_says_how_it_is_used(folder: Path, tokenizer: Tokenizer) -> None:
             )
             assert all(a == b for a, b in zip(told["shape"], value.shape, strict=True) if isinstance(a, int))
         assert graph["max_difference_to_pytorch"] < 1e-4
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_captioner_without_any_text_encoder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    absent = ["text", "contrastive", "matching", "masked"]
+    model = small_model(
+        vocab_size=tokenizer.vocab_size, absent=absent, **{**SMALL, "fusion": "none", "fusion_layers": 0}
+    )
+    differences = export_onnx(tmp_path / "onnx", model, tokenizer, "")
+    assert set(differences) == {"image_encoder", "decoder_memory", "decoder"}
+    assert max(differences.values()) < 1e-4
 
 
 @needs_onnx
