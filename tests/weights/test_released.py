@@ -94,7 +94,13 @@ class TestLayouts:
         [
             ("config.yaml", "image_res: [", "config.yaml: it is not YAML"),
             ("config.yaml", "image_res: many", "image_res is 'many'"),
+            ("config.yaml", "image_res: 0", "image_res is 0, and must be 1 or more"),
+            ("config.yaml", "beam_size: 0", "beam_size is 0, and must be 1 or more"),
+            ("config.yaml", "max_length: 0", "max_length is 0, and must be 1 or more"),
+            ("config.yaml", "{min_length: 9, max_length: 4}", "min_length 9 is above max_length 4"),
             ("config.yaml", "- 1", "it is no mapping"),
+            ("config_bert.json", '{"layer_norm_eps": "nan"}', "layer_norm_eps is 'nan'"),
+            ("config_bert.json", '{"layer_norm_eps": Infinity}', "layer_norm_eps is inf"),
             ("config_bert.json", "{", "config_bert.json: it is not JSON"),
             ("config_bert.json", '{"hidden_size": 32}', "hidden_size 32, and text_encoder"),
             ("config_bert.json", '{"num_attention_heads": 3}', "width 16 is not a multiple of heads 3"),
