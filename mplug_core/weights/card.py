@@ -115,10 +115,14 @@ def _tabled(body: str) -> list[Score]:
     scores = []
     for line in body.splitlines():
         if match := _ROW.match(line.strip()):
-            name, task, metric, value = match.groups()
+            name, task, metric, figure = match.groups()
+            try:
+                value = float(figure)
+            except ValueError:  # a dash
+                continue
             place = places.get(name)
             data, split, limit = (place[2], place[3], place[4]) if place else (name, None, None)
-            scores.append(Score(task, data, split, metric, float(value), int(limit) if limit else None))
+            scores.append(Score(task, data, split, metric, value, int(limit) if limit else None))
     return scores
 
 

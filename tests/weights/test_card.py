@@ -77,6 +77,12 @@ def test_scores_are_read_back_from_the_index_and_from_the_table(recipe: Recipe, 
     assert (indexed[0].data, indexed[0].split) == ("flickr8k", "val")
 
 
+@pytest.mark.parametrize("cell", ["-", "--", "1.2.3", "e"])
+def test_a_cell_without_a_figure_is_no_score(cell: str) -> None:
+    card = Card({}, f"| metric | score |\n|---|---|\n| val/vqa/accuracy | {cell} |\n| val/caption/cider | 0.5 |\n")
+    assert [(score.metric, score.value) for score in card.scores()] == [("cider", 0.5)]
+
+
 def test_a_model_of_which_nothing_is_known_claims_nothing(config: MplugConfig) -> None:
     card = Card.parse(model_card("bare", config))
     assert "Trained" not in card.body and "Scores" not in card.body and card.scores() == []
