@@ -76,7 +76,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
     if card and not scores:
         values["score_tables"] = _score_tables(summary)
     if card and "license" in card.fields:
-        values["license"] = card.fields["license"]
+        values["license"] = str(card.fields["license"])  # YAML has dates and more
     if recipe is not None:
         values["recipe"] = {
             "name": recipe.name,

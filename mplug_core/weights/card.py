@@ -102,8 +102,9 @@ def _indexed(index: Any) -> list[Score]:
             task, data = result["task"], result["dataset"]
             for metric in result["metrics"]:
                 value = float(metric["value"])
-                name = str(task.get("name") or task["type"])
-                scores.append(Score(name, str(data["name"]), data.get("split"), str(metric["type"]), value))
+                name, split = str(task.get("name") or task["type"]), data.get("split")
+                split = None if split is None else str(split)
+                scores.append(Score(name, str(data["name"]), split, str(metric["type"]), value))
     except (KeyError, TypeError, ValueError, AttributeError):
         return []
     return scores

@@ -81,6 +81,16 @@ def test_a_recipe_that_is_not_understood_is_a_note(mplug, trained):
     assert done.code == 0 and "recipe" not in done.objects[0] and "note: recipe.yaml is not understood" in done.err
 
 
+@pytest.mark.parametrize("written", ["2024-01-01", "[mit]", "1"])
+def test_fields_of_a_card_are_texts(mplug, able_folder, tmp_path, written):
+    folder = Path(shutil.copytree(able_folder, tmp_path / "m"))
+    result = "{task: {type: caption}, dataset: {name: x, split: 2024-01-01}, metrics: [{type: cider, value: 1}]}"
+    (folder / "README.md").write_text(f"---\nlicense: {written}\nmodel-index: [{{results: [{result}]}}]\n---\nx\n")
+    (found,) = mplug("model", "info", folder, "--json").objects
+    assert isinstance(found["license"], str) and written.strip("[]") in found["license"]
+    assert found["scores"][0]["split"] == "2024-01-01"
+
+
 def test_int8(mplug, able_folder, tmp_path):
     export_int8(read_source(str(able_folder)), tmp_path / "q", "bf16", "")
     (found,) = mplug("model", "info", tmp_path / "q", "--json").objects
