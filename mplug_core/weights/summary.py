@@ -104,7 +104,10 @@ def _native(folder: Path) -> Summary:
     quantised = any(head.dtype == "int8" for head in heads.values())
     kind = "int8 model folder" if quantised else "model folder"
     summary = _summary(folder, kind, folder_size(folder), config, heads, missing)
-    summary.card = read_card(folder)
+    try:
+        summary.card = read_card(folder)
+    except CheckpointError as error:
+        summary.notes.append(error.message)
     if (folder / "recipe.yaml").is_file():
         try:
             summary.recipe = check_recipe(read_yaml(folder / "recipe.yaml"))

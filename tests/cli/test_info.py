@@ -81,6 +81,14 @@ def test_a_recipe_that_is_not_understood_is_a_note(mplug, trained):
     assert done.code == 0 and "recipe" not in done.objects[0] and "note: recipe.yaml is not understood" in done.err
 
 
+@pytest.mark.parametrize("text", [b"---\nhello\n---\ntext\n", b"---\na: [\n---\n", b"\xff\xfe"])
+def test_a_card_that_is_not_understood_is_a_note(mplug, trained, text):
+    (trained / "model" / "README.md").write_bytes(text)
+    done = mplug("model", "info", trained, "--json")
+    assert done.code == 0 and done.objects[0]["scores"] == [] and done.err.startswith("note: ")
+    assert done.err.count("\n") == 1 and "README.md" in done.err
+
+
 @pytest.mark.parametrize("written", ["2024-01-01", "[mit]", "1"])
 def test_fields_of_a_card_are_texts(mplug, able_folder, tmp_path, written):
     folder = Path(shutil.copytree(able_folder, tmp_path / "m"))
