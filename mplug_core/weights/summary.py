@@ -16,6 +16,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import Recipe, check_recipe, read_yaml
 from mplug_core.weights.card import Card, read_card
+from mplug_core.weights.faults import head_faults, shown
 from mplug_core.weights.folder import find_model, read_model
 from mplug_core.weights.official import missing_by_part, part_of
 from mplug_core.weights.quantised import SCALE, check_quantisation
@@ -87,7 +88,10 @@ def summarise(spec: str | None = None) -> Summary:
     stored = read_model(spec)  # mapped, not loaded
     heads = {name: TensorHead(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for name, t in stored.state.items()}
     size = place.stat().st_size if place.is_file() else folder_size(place)
-    return _summary(stored.path, "released checkpoint", size, stored.config, heads, stored.missing)
+    summary = _summary(stored.path, "released checkpoint", size, stored.config, heads, stored.missing)
+    for part, fault in head_faults(stored.state).items():  # nothing loads it
+        summary.tasks = {task: why or f"{shown(part)} {fault}" for task, why in summary.tasks.items()}
+    return summary
 
 
 def _native(folder: Path) -> Summary:
@@ -166,9 +170,12 @@ def abilities(config: MplugConfig, missing: dict[str, list[str]]) -> dict[str, s
     """Each task, with None where the model has what it takes, else what it lacks. How well is another question."""
     found: dict[str, str | None] = {}
     for task, parts in NEEDS.items():
+        left_out = [shown(part).removeprefix("the ") for part in parts if part in config.absent]
         absent = [part for part in parts if missing.get(part)]
         lack = config.lacks_for(OBJECTIVES[task]) if task in OBJECTIVES else None
-        if lack:
+        if left_out:
+            found[task] = f"it has no {' and no '.join(left_out)}"
+        elif lack:
             found[task] = f"it has no {lack.partition(':')[0].removeprefix('model.')}"
         elif absent:
             found[task] = f"its {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not in the checkpoint"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mplug_core.errors import CheckpointError
 from mplug_core.recipe import check_recipe
 from mplug_core.weights.card import model_card
 from mplug_core.weights.export import export_int8, read_source
@@ -39,6 +40,41 @@ def test_what_a_model_cannot_do_and_why(mplug, model_folder):
     text = "\n".join(" ".join(line.split()) for line in done.lines)
     assert "caption yes" in text and "grounding no: it has no box_bins" in text
     assert "statements no: it has no classifiers.statement" in text and "boxes no box tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("absent", "able", "why_not"),
+    [
+        (["contrastive"], {"caption", "vqa", "grounding"}, {"retrieval": "it has no contrastive head"}),
+        (
+            ["text", "contrastive", "matching", "masked"],
+            {"caption"},
+            {"retrieval": "it has no text encoder and no contrastive head", "vqa": "it has no text encoder"},
+        ),
+        (["matching", "masked"], {"caption", "vqa", "grounding", "retrieval"}, {}),
+    ],
+)
+def test_parts_that_are_left_out_can_do_nothing(mplug, tmp_path, absent, able, why_not):
+    fusion = {"fusion": "none", "fusion_layers": 0} if "text" in absent else {}
+    folder = save_random(tmp_path / "m", box_bins=4, absent=absent, **fusion)
+    tasks = mplug("model", "info", folder, "--json").objects[0]["tasks"]
+    assert {task for task, found in tasks.items() if found["able"]} == able
+    assert {task: tasks[task]["why_not"] for task in why_not} == why_not
+
+
+@pytest.mark.parametrize(
+    ("heads", "part"), [(("itm_head",), "matching"), (("vision_proj", "text_proj"), "contrastive")]
+)
+def test_what_cannot_be_loaded_can_do_nothing(mplug, tmp_path, heads, part):
+    from tests.released import released, write_alicemind
+
+    tensors = {name: value for name, value in released().items() if not name.startswith(heads)}
+    file = write_alicemind(tmp_path / "m.pth", tensors)
+    with pytest.raises(CheckpointError):
+        load_model(str(file))
+    tasks = mplug("model", "info", file, "--json").objects[0]["tasks"]
+    assert not any(found["able"] for found in tasks.values())
+    assert tasks["caption"]["why_not"].startswith(f"the {part} head is not there")
 
 
 def test_fusion_says_which_layers_connect(mplug, tmp_path):
