@@ -166,17 +166,17 @@ def model_card(
 def architecture(config: ModelSection) -> str:
     """The model in a sentence or two."""
     vision, fusion = config.vision, config.fusion
-    parts = [
-        f"{vision.backbone} on {vision.image_size} x {vision.image_size} pixels",
-        f"a text encoder of {config.text_layers} layers",
-    ]
+    parts = [f"{vision.backbone} on {vision.image_size} x {vision.image_size} pixels"]
+    if "text" not in config.absent:
+        parts.append(f"a text encoder of {config.text_layers} layers")
     if fusion != "none":
         every = f" (stride {config.stride})" if fusion == "skip" else ""
         named = {"skip": "skip-connected", "co": "co-attention"}.get(fusion, fusion)
         parts.append(f"{config.fusion_layers} {named} fusion layers{every}")
     if config.decoder_layers:
         parts.append(f"a decoder of {config.decoder_layers} layers")
-    listed = ", ".join(parts[:-1]) + f" and {parts[-1]}"
+    *first, last = parts
+    listed = f"{', '.join(first)} and {last}" if first else last
     return f"An mPLUG vision-language model, {config.width} wide: {listed}."
 
 
