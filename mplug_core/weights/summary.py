@@ -15,6 +15,7 @@ from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import Recipe, check_recipe, read_yaml
+from mplug_core.weights import hub
 from mplug_core.weights.card import Card, read_card
 from mplug_core.weights.faults import head_faults, shown
 from mplug_core.weights.folder import find_model, read_model
@@ -159,9 +160,8 @@ def _summary(
             parameters[part_of(name)] += head.count
     rows, columns = model.visual.grid
     tokens = rows * columns + config.summary_tokens + (model.visual.is_transformer and 1)
-    name = path.stem if path.is_file() else path.name
     return Summary(
-        name, path, kind, size, dict(dtypes.most_common()), dict(parameters), config, int(tokens), missing,
+        hub.name_of(path), path, kind, size, dict(dtypes.most_common()), dict(parameters), config, int(tokens), missing,
         abilities(config, missing),
     )  # fmt: skip
 

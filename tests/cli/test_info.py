@@ -162,6 +162,13 @@ def test_damage_is_one_line(mplug, able_folder, tmp_path, damage):
     assert done.code == 5 and damage in done.error
 
 
+@pytest.mark.parametrize("cache", ["hf/hub/models--org--name/snapshots/" + "a" * 40, "home/models/ms/org/name/master"])
+def test_models_of_hubs_are_called_as_there(mplug, able_folder, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("MPLUG_HOME", str(tmp_path / "home"))
+    folder = shutil.copytree(able_folder, tmp_path / cache)
+    assert mplug("model", "info", folder, "--json").objects[0]["name"] == "org/name"
+
+
 def test_no_model_is_one_line(mplug):
     done = mplug("model", "info", "/nowhere")
     assert done.code == 5 and "/nowhere" in done.error
