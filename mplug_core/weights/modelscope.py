@@ -51,7 +51,7 @@ def is_modelscope(folder: Path) -> bool:
 def read_settings(folder: Path) -> Settings:
     """The settings of a folder; CheckpointError for a file that can't be understood."""
     task = _mapping(folder / TASK_FILE).get("task")
-    settings = _mapping(folder / SETTINGS)
+    settings = _settings(folder)
     named = settings.get("bert_config")
     bert_file = folder / (Path(named).name if isinstance(named, str) else BERT)
     bert = _mapping(bert_file if bert_file.is_file() else folder / BERT)
@@ -72,6 +72,18 @@ def read_settings(folder: Path) -> Settings:
         _count(folder, settings, "image_res"),
         decoding,
     )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """``config.yaml``. Where the folder isn't ModelScope's it may be anybody's: none where it makes no sense."""
+    try:
+        settings = _mapping(folder / SETTINGS)
+        _count(folder, settings, "image_res")
+    except CheckpointError:
+        if is_modelscope(folder):
+            raise
+        return {}
+    return settings
 
 
 def _mapping(file: Path) -> dict[str, Any]:

@@ -114,6 +114,18 @@ class TestLayouts:
         with pytest.raises(CheckpointError, match=re.escape(words)):
             load_model(str(folder))
 
+    @pytest.mark.parametrize("text", [b"- a\n- b\n", b"image_res: big", b"image_res: 0", b"a: [", b"\xff\xfe", b"x: 1"])
+    def test_config_that_is_anybodys(self, tmp_path: Path, text: bytes) -> None:
+        """Beside a file of AliceMind's config.yaml may be of another program; config_bert.json is the model's."""
+        file = write_alicemind(tmp_path / "mplug.pth", released())
+        (tmp_path / "config.yaml").write_bytes(text)
+        assert read_model(str(file)).config.vision.image_size == 16
+        (tmp_path / "config.yaml").write_bytes(b"image_res: 32")
+        assert read_model(str(file)).config.vision.image_size == 32
+        (tmp_path / "config_bert.json").write_text("{")
+        with pytest.raises(CheckpointError, match="config_bert.json: it is not JSON"):
+            read_model(str(file))
+
     def test_run_whose_model_is_in_a_checkpoint(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         folder = run / "checkpoints" / "step-00000002"
