@@ -41,11 +41,16 @@ class Released:
     release: Callable[[Tensor], None]
 
 
+def released_files(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, of which ModelScope's hides others."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+
+
 def released_file(folder: Path) -> Path:
     """The one checkpoint file of a folder; CheckpointError where there is none, or there are several."""
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = released_files(folder)
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:3])
         raise CheckpointError(f"{folder} holds {len(found)} checkpoints: {names}", "give one of them")

@@ -76,6 +76,16 @@ class TestLayouts:
         written = {"image-captioning": "caption", "visual-question-answering": "vqa"}.get(task)
         assert set(loaded.config.decoding) == ({written} if written else set())
 
+    def test_another_programs_config_json(self, tmp_path: Path, want: dict[str, Tensor]) -> None:
+        folder = write_modelscope(tmp_path / "m", released(), "image-captioning")
+        file = write_alicemind(tmp_path / "a" / "mplug.pth", released())
+        for place in (folder, file.parent):
+            (place / "config.json").write_text("{}")
+            assert equal(load_model(str(place)).model.state_dict(), want)
+        file.unlink()
+        with pytest.raises(CheckpointError, match="pieces in vocab.txt"):
+            load_model(str(file.parent))  # one of ours without its weights
+
     def test_modelscopes_image_size_and_beams(self, tmp_path: Path) -> None:
         from mplug_core.tasks.vqa import VqaTask
 
