@@ -20,7 +20,7 @@ from mplug_core.errors import CheckpointError
 from mplug_core.recipe import DecodingSection
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.modelscope import WEIGHTS, WRITING_TASKS, Settings, is_modelscope, read_settings
-from mplug_core.weights.official import Conversion, convert
+from mplug_core.weights.official import Conversion, convert, unwrap
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
 
@@ -75,7 +75,11 @@ def read_released(place: Path, image_size: int | None = None) -> Released:
     checkpoint = read_checkpoint(file)
     pages = MappedPages(file)
     try:
-        conversion = convert(checkpoint, settings.bert, image_size or settings.image_size, pages.release)
+        tensors = unwrap(checkpoint)
+        hollow = next((name for name, value in tensors.items() if value.is_meta), None)
+        if hollow is not None:
+            raise CheckpointError(f"{hollow} has a shape and no values", AGAIN)
+        conversion = convert(tensors, settings.bert, image_size or settings.image_size, pages.release)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error.message}", error.hint, error.code) from error
     remember_decoding(conversion, settings)

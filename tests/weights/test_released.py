@@ -223,6 +223,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sparse": (
         lambda file: torch.save({"model": {**released(), "temp": torch.eye(3).to_sparse()}}, file), "no plain tensor"
     ),
+    "meta": (
+        lambda file: torch.save({"model": {**released(), "vision_proj.bias": torch.ones(8, device="meta")}}, file),
+        "vision_proj.bias has a shape and no values",
+    ),
     "whole numbers": (
         lambda file: torch.save({"model": {**released(), "itm_head.bias": torch.zeros(2, dtype=torch.int64)}}, file),
         "holds torch.int64",
