@@ -28,7 +28,8 @@ def info(
     """Where a model is, its size and parts, what it can do, how it was trained, and its scores; nothing is loaded."""
     from mplug_core.weights.summary import summarise
 
-    summary = summarise(spec)
+    with show.downloads():
+        summary = summarise(spec)
     for note in summary.notes:
         show.note(note)
     if as_json:
