@@ -23,9 +23,8 @@ from mplug_core.weights.modelscope import WEIGHTS, WRITING_TASKS, Settings, is_m
 from mplug_core.weights.official import Conversion, convert, unwrap
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
+from mplug_core.weights.repository import alone_in
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".th", ".safetensors")
-"""Ends of the names of checkpoint files."""
 AGAIN = "give a released mPLUG checkpoint, and download it again if it is one"
 
 
@@ -45,7 +44,7 @@ def released_files(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, of which ModelScope's hides others."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    return alone_in(folder)
 
 
 def released_file(folder: Path) -> Path:
