@@ -128,8 +128,8 @@ def _write_weights(
 def find_model(spec: str | None) -> Path:
     """The folder or file that ``spec``, else ``MPLUG_MODEL``, else the embedded model, stands for.
 
-    Of a run folder it is ``best/`` where there is one, else ``model/``. What is no path may be a name that
-    :mod:`~mplug_core.weights.hub` knows: it is downloaded unless it is in the cache.
+    The weights of a native folder stand for it; of a run folder it is ``best/`` where there is one, else ``model/``.
+    What is no path may be a name that :mod:`~mplug_core.weights.hub` knows: it is downloaded unless it is in the cache.
     """
     spec = spec or os.environ.get(MODEL_VARIABLE)
     if not spec or spec == "mini":
@@ -138,7 +138,8 @@ def find_model(spec: str | None) -> Path:
         return EMBEDDED
     place = Path(spec)
     if place.is_file():
-        return place
+        of_folder = place.name == "model.safetensors" and (place.parent / "config.json").is_file()
+        return place.parent if of_folder else place
     if not place.is_dir():
         if hub.is_remote(spec):
             return hub.find(spec)

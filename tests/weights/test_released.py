@@ -391,6 +391,13 @@ class TestConverted:
         stored = load_file(tmp_path / "native" / "model.safetensors")
         assert {value.dtype for value in stored.values()} == {torch.bfloat16}
 
+    def test_weights_stand_for_their_folder(self, tmp_path: Path) -> None:
+        convert_model(str(write_alicemind(tmp_path / "a.pth", released())), tmp_path / "native")
+        file = tmp_path / "native" / "model.safetensors"
+        assert read_model(str(file)).path == tmp_path / "native"
+        (tmp_path / "native" / "config.json").unlink()
+        assert find_model(str(file)) == file
+
     def test_native_to_native(self, tmp_path: Path) -> None:
         convert_model(str(write_alicemind(tmp_path / "a.pth", released())), tmp_path / "one")
         account = convert_model(str(tmp_path / "one"), tmp_path / "two", image_size=32)
