@@ -59,10 +59,11 @@ def convert(
 
     from mplug_core.weights.conversion import convert_model
 
-    account = convert_model(
-        source, target, image_size=image_size, allow_missing=allow_missing or [],
-        dtype=getattr(torch, DTYPES[dtype]) if dtype else None, force=force,
-    )  # fmt: skip
+    with show.downloads(quiet):
+        account = convert_model(
+            source, target, image_size=image_size, allow_missing=allow_missing or [],
+            dtype=getattr(torch, DTYPES[dtype]) if dtype else None, force=force,
+        )  # fmt: skip
     if as_json:
         write_line(json.dumps({"target": str(target), **account.as_dict()}))
     else:

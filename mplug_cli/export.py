@@ -51,7 +51,9 @@ def export(
         from mplug_core.weights.onnx import require_packages
 
         require_packages()
-    check_target(target, find_model(spec), force)  # before anything is read
+    with show.downloads(quiet):
+        place = find_model(spec)
+    check_target(target, place, force)  # before anything is read
     source = read_source(spec, image_size)
     text = source.texts.get("README.md") or model_card(source.stored.name, source.config)
     if form == "safetensors":

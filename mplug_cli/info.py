@@ -28,7 +28,8 @@ def info(
     """Where a model is, its size and parts, what it can do, how it was trained, and its scores; nothing is loaded."""
     from mplug_core.weights.summary import summarise
 
-    summary = summarise(spec)
+    with show.downloads():
+        summary = summarise(spec)
     for note in summary.notes:
         show.note(note)
     if as_json:
@@ -76,7 +77,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
     if card and not scores:
         values["score_tables"] = _score_tables(summary)
     if card and "license" in card.fields:
-        values["license"] = card.fields["license"]
+        values["license"] = str(card.fields["license"])  # YAML has dates and more
     if recipe is not None:
         values["recipe"] = {
             "name": recipe.name,

@@ -41,7 +41,8 @@ def push(
     from mplug_core.weights.publish import prepare
     from mplug_core.weights.publish import push as upload
 
-    plan = prepare(spec, place, private, revision, message, licence)
+    with show.downloads(quiet):
+        plan = prepare(spec, place, private, revision, message, licence)
     for text in plan.notes:
         show.note(text, quiet)
     if dry_run:

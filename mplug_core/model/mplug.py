@@ -253,7 +253,7 @@ class MplugModel(nn.Module):
         [B, 0] of a model without a contrastive head.
         """
         if self.image_projection is None:
-            return tokens.new_zeros(len(tokens), 0)
+            return tokens.new_zeros(tokens.shape[0], 0)  # len() would fix the batch of an exported graph
         if self.visual.is_transformer:
             return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
         pooled = self.visual.pool(features)

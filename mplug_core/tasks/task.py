@@ -48,6 +48,12 @@ class Texts:
         return pad([self.tokenizer.encode(text, self.max_length, self.end) for text in texts], self.tokenizer.pad_id)
 
 
+def own_decoding(config: MplugConfig, task: Literal["caption", "vqa"], default: Decoding) -> Decoding:
+    """``default`` with what a model's configuration says for the task."""
+    own = config.decoding.get(task)
+    return default if own is None else default.model_copy(update=own.model_dump(exclude_none=True))
+
+
 @dataclass
 class Ready:
     """A model in evaluation mode and the tokenizer that belongs to it."""
@@ -65,8 +71,7 @@ class Ready:
 
     def decoding(self, task: Literal["caption", "vqa"], default: Decoding) -> Decoding:
         """How this model writes: ``default`` with what its configuration says for the task."""
-        own = self.config.decoding.get(task)
-        return default if own is None else default.model_copy(update=own.model_dump(exclude_none=True))
+        return own_decoding(self.config, task, default)
 
     @property
     def device(self) -> torch.device:

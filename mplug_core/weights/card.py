@@ -102,8 +102,9 @@ def _indexed(index: Any) -> list[Score]:
             task, data = result["task"], result["dataset"]
             for metric in result["metrics"]:
                 value = float(metric["value"])
-                name = str(task.get("name") or task["type"])
-                scores.append(Score(name, str(data["name"]), data.get("split"), str(metric["type"]), value))
+                name, split = str(task.get("name") or task["type"]), data.get("split")
+                split = None if split is None else str(split)
+                scores.append(Score(name, str(data["name"]), split, str(metric["type"]), value))
     except (KeyError, TypeError, ValueError, AttributeError):
         return []
     return scores
@@ -115,10 +116,14 @@ def _tabled(body: str) -> list[Score]:
     scores = []
     for line in body.splitlines():
         if match := _ROW.match(line.strip()):
-            name, task, metric, value = match.groups()
+            name, task, metric, figure = match.groups()
+            try:
+                value = float(figure)
+            except ValueError:  # a dash
+                continue
             place = places.get(name)
             data, split, limit = (place[2], place[3], place[4]) if place else (name, None, None)
-            scores.append(Score(task, data, split, metric, float(value), int(limit) if limit else None))
+            scores.append(Score(task, data, split, metric, value, int(limit) if limit else None))
     return scores
 
 
@@ -161,17 +166,17 @@ def model_card(
 def architecture(config: ModelSection) -> str:
     """The model in a sentence or two."""
     vision, fusion = config.vision, config.fusion
-    parts = [
-        f"{vision.backbone} on {vision.image_size} x {vision.image_size} pixels",
-        f"a text encoder of {config.text_layers} layers",
-    ]
+    parts = [f"{vision.backbone} on {vision.image_size} x {vision.image_size} pixels"]
+    if "text" not in config.absent:
+        parts.append(f"a text encoder of {config.text_layers} layers")
     if fusion != "none":
         every = f" (stride {config.stride})" if fusion == "skip" else ""
         named = {"skip": "skip-connected", "co": "co-attention"}.get(fusion, fusion)
         parts.append(f"{config.fusion_layers} {named} fusion layers{every}")
     if config.decoder_layers:
         parts.append(f"a decoder of {config.decoder_layers} layers")
-    listed = ", ".join(parts[:-1]) + f" and {parts[-1]}"
+    *first, last = parts
+    listed = f"{', '.join(first)} and {last}" if first else last
     return f"An mPLUG vision-language model, {config.width} wide: {listed}."
 
 

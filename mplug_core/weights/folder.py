@@ -32,7 +32,7 @@ from mplug_core.weights.faults import absent_parts, check_conversion, head_fault
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.official import Conversion, patches
 from mplug_core.weights.quantised import check_quantisation, computes_int8, dequantise, is_quantised, with_int8_layers
-from mplug_core.weights.released import read_released
+from mplug_core.weights.released import read_released, released_files
 from mplug_core.weights.tensor_files import TensorFile
 
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
@@ -128,8 +128,8 @@ def _write_weights(
 def find_model(spec: str | None) -> Path:
     """The folder or file that ``spec``, else ``MPLUG_MODEL``, else the embedded model, stands for.
 
-    Of a run folder it is ``best/`` where there is one, else ``model/``. What is no path may be a name that
-    :mod:`~mplug_core.weights.hub` knows: it is downloaded unless it is in the cache.
+    The weights of a native folder stand for it; of a run folder it is ``best/`` where there is one, else ``model/``.
+    What is no path may be a name that :mod:`~mplug_core.weights.hub` knows: it is downloaded unless it is in the cache.
     """
     spec = spec or os.environ.get(MODEL_VARIABLE)
     if not spec or spec == "mini":
@@ -138,7 +138,8 @@ def find_model(spec: str | None) -> Path:
         return EMBEDDED
     place = Path(spec)
     if place.is_file():
-        return place
+        of_folder = place.name == "model.safetensors" and (place.parent / "config.json").is_file()
+        return place.parent if of_folder else place
     if not place.is_dir():
         if hub.is_remote(spec):
             return hub.find(spec)
@@ -190,7 +191,7 @@ def read_model(spec: str | None = None, image_size: int | None = None, allow_mis
     damaged, or lacks what the rest of it works with, but for the parts that ``allow_missing`` names.
     """
     place = find_model(spec)
-    if place.is_dir() and any((place / name).exists() for name in ("config.json", "model.safetensors")):
+    if place.is_dir() and is_native(place):
         return read_native(place, image_size)
     found = read_released(place, image_size)
     conversion = found.conversion
@@ -199,6 +200,11 @@ def read_model(spec: str | None = None, image_size: int | None = None, allow_mis
         conversion.config, found.tokenizer, conversion.state, place, conversion.missing, found.release, conversion,
         found.layout, found.task,
     )  # fmt: skip
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder is to be read as one of ours: by its weights, or its configuration where no others are."""
+    return (folder / "model.safetensors").exists() or ((folder / "config.json").exists() and not released_files(folder))
 
 
 def read_native(folder: Path, image_size: int | None = None) -> Stored:

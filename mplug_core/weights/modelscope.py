@@ -8,6 +8,7 @@ authors' own checkpoints.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ BERT_KEYS = {
 """What is used of ``config_bert.json``."""
 WRITING_TASKS = {"image-captioning": "caption", "visual-question-answering": "vqa"}
 """Tasks that write a text, and what they are called here."""
+POSITIVE = ("hidden_size", "num_attention_heads", "stride_layer", "image_res", "beam_size", "max_length")
+"""Numbers that can't be 0."""
 DECODING_KEYS = {"beam_size": "beams", "min_length": "min_tokens", "max_length": "max_tokens"}
 
 
@@ -48,22 +51,39 @@ def is_modelscope(folder: Path) -> bool:
 def read_settings(folder: Path) -> Settings:
     """The settings of a folder; CheckpointError for a file that can't be understood."""
     task = _mapping(folder / TASK_FILE).get("task")
-    settings = _mapping(folder / SETTINGS)
+    settings = _settings(folder)
     named = settings.get("bert_config")
     bert_file = folder / (Path(named).name if isinstance(named, str) else BERT)
     bert = _mapping(bert_file if bert_file.is_file() else folder / BERT)
     decoding: dict[str, Any] = {}
     if task in WRITING_TASKS:
-        found = {ours: _positive(folder, settings, theirs) for theirs, ours in DECODING_KEYS.items()}
+        found = {ours: _count(folder, settings, theirs) for theirs, ours in DECODING_KEYS.items()}
         decoding = {ours: value for ours, value in found.items() if value is not None}
+        shortest, longest = decoding.get("min_tokens"), decoding.get("max_tokens")
+        if shortest is not None and longest is not None and shortest > longest:
+            raise CheckpointError(
+                f"{folder}: min_length {shortest} is above max_length {longest}", "download the folder again"
+            )
         if decoding:
             decoding = {"strategy": "released", "length_penalty": 0.6, "no_repeat": 0, **decoding}
     return Settings(
         task if isinstance(task, str) else None,
         {key: _number(folder, bert, key, kind) for key, kind in BERT_KEYS.items() if bert.get(key) is not None},
-        _positive(folder, settings, "image_res"),
+        _count(folder, settings, "image_res"),
         decoding,
     )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """``config.yaml``. Where the folder isn't ModelScope's it may be anybody's: none where it makes no sense."""
+    try:
+        settings = _mapping(folder / SETTINGS)
+        _count(folder, settings, "image_res")
+    except CheckpointError:
+        if is_modelscope(folder):
+            raise
+        return {}
+    return settings
 
 
 def _mapping(file: Path) -> dict[str, Any]:
@@ -88,10 +108,15 @@ def _number(folder: Path, values: dict[str, Any], key: str, kind: type) -> Any:
             value = float(value)
         except ValueError:
             value = None
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int) or value < 0:
-        raise CheckpointError(f"{folder}: {key} is {values[key]!r}, and must be a number", "download the folder again")
-    return value
+    least = 1 if key in POSITIVE else 0
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        wanted = "must be a number"
+    elif not least <= value < math.inf:  # not a number is in no range
+        wanted = f"must be {least} or more"
+    else:
+        return value
+    raise CheckpointError(f"{folder}: {key} is {values[key]!r}, and {wanted}", "download the folder again")
 
 
-def _positive(folder: Path, values: dict[str, Any], key: str) -> int | None:
+def _count(folder: Path, values: dict[str, Any], key: str) -> int | None:
     return None if values.get(key) is None else _number(folder, values, key, int)

@@ -29,6 +29,7 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.caption import CaptionTask, forbidden_tokens
+from mplug_core.tasks.task import own_decoding
 from mplug_core.tasks.vqa import VqaTask
 from mplug_core.weights.durable import replace_folder
 
@@ -40,27 +41,28 @@ META = "meta.json"
 
 
 class ImageGraph(nn.Module):
-    """Pixels [B, 3, S, S] to tokens [B, N, W], mask [B, N], contrastive feature [B, E]."""
+    """Pixels [B, 3, S, S] to tokens [B, N, W], mask [B, N], and the contrastive feature [B, E] where there is one."""
 
     def __init__(self, model: MplugModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         images = self.model.encode_image(pixels)
-        return images.tokens, images.mask.long(), images.feature
+        features = () if self.model.image_projection is None else (images.feature,)
+        return images.tokens, images.mask.long(), *features
 
 
 class TextGraph(nn.Module):
-    """Ids and mask [B, T] to tokens [B, T, W] and contrastive feature [B, E]."""
+    """Ids and mask [B, T] to tokens [B, T, W], and the contrastive feature [B, E] where there is one."""
 
     def __init__(self, model: MplugModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         text = self.model.encode_text(input_ids, attention_mask)
-        return text, self.model.text_feature(text, attention_mask)
+        return (text,) if self.model.text_projection is None else (text, self.model.text_feature(text, attention_mask))
 
 
 class FusionGraph(nn.Module):
@@ -74,7 +76,7 @@ class FusionGraph(nn.Module):
         self, image_tokens: Tensor, image_mask: Tensor, text_tokens: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, ...]:
         image, text = self.model.fusion(image_tokens, text_tokens, image_mask, text_mask)
-        return image, text, self.model.matching_logits(text)
+        return (image, text) if self.model.matching_head is None else (image, text, self.model.matching_logits(text))
 
 
 class MemoryGraph(nn.Module):
@@ -146,25 +148,32 @@ class Graph:
 
 
 def graphs_of(model: MplugModel) -> list[Graph]:
-    """The graphs that a model consists of."""
+    """The graphs that a model consists of, without parts and outputs that it lacks."""
     config = model.config
     width, embed, size = config.width, config.embed_dim, config.vision.image_size
     with torch.no_grad():
         count = model.encode_image(torch.zeros(1, 3, size, size)).tokens.shape[1]
     image, text = ("batch", count, width), ("batch", "text_length", width)
+    contrastive, matching = model.text_projection is not None, model.matching_head is not None
     graphs = [
         Graph(
             "image_encoder", ImageGraph(model), {"pixels": ("batch", 3, size, size)},
-            {"image_tokens": image, "image_mask": ("batch", count), "image_feature": ("batch", embed)},
-        ),
-        Graph(
-            "text_encoder", TextGraph(model),
-            {"input_ids": ("batch", "text_length"), "attention_mask": ("batch", "text_length")},
-            {"text_tokens": text, "text_feature": ("batch", embed)},
-            {"input_ids": config.vocab_size, "attention_mask": 2},
-        ),
+            {
+                "image_tokens": image, "image_mask": ("batch", count),
+                **({"image_feature": ("batch", embed)} if contrastive else {}),
+            },
+        )
     ]  # fmt: skip
-    if config.fusion != "none":
+    if model.text is not None:
+        graphs.append(
+            Graph(
+                "text_encoder", TextGraph(model),
+                {"input_ids": ("batch", "text_length"), "attention_mask": ("batch", "text_length")},
+                {"text_tokens": text, **({"text_feature": ("batch", embed)} if contrastive else {})},
+                {"input_ids": config.vocab_size, "attention_mask": 2},
+            )
+        )  # fmt: skip
+    if config.fusion != "none" and model.text is not None:
         graphs.append(
             Graph(
                 "fusion", FusionGraph(model),
@@ -172,7 +181,10 @@ def graphs_of(model: MplugModel) -> list[Graph]:
                     "image_tokens": image, "image_mask": ("batch", count),
                     "text_tokens": text, "text_mask": ("batch", "text_length"),
                 },
-                {"fused_image": image, "fused_text": text, "matching_logits": ("batch", 2)},
+                {
+                    "fused_image": image, "fused_text": text,
+                    **({"matching_logits": ("batch", 2)} if matching else {}),
+                },
                 {"image_mask": 2, "text_mask": 2},
             )
         )  # fmt: skip
@@ -323,7 +335,12 @@ def largest_difference(graph: Graph, file: Path) -> float:
         expected = graph.module(*_nested(graph, values))
         expected = expected if isinstance(expected, tuple) else (expected,)
         fed = {name: value.numpy() for name, value in zip(graph.inputs, values, strict=True)}
-        for found, value in zip(session.run(list(graph.outputs), fed), expected, strict=True):
+        try:
+            computed = session.run(list(graph.outputs), fed)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise MplugError(f"onnxruntime can't run graph {graph.name}: {reason}", "try another --opset") from error
+        for found, value in zip(computed, expected, strict=True):
             if found.shape != tuple(value.shape):
                 raise MplugError(
                     f"graph {graph.name} gives {found.shape} where PyTorch gives {tuple(value.shape)}",
@@ -338,7 +355,9 @@ def describe(
     config: MplugConfig, tokenizer: Tokenizer, graphs: list[Graph], differences: dict[str, float], opset: int
 ) -> dict[str, Any]:
     """What ``meta.json`` says: how pictures and texts become inputs, the graphs, and how to decode."""
-    vision, caption, vqa = config.vision, CaptionTask.decoding, VqaTask.decoding
+    vision = config.vision
+    caption = own_decoding(config, "caption", CaptionTask.decoding)
+    vqa = own_decoding(config, "vqa", VqaTask.decoding)
     return {
         "format": 1,
         "opset": opset,
@@ -350,6 +369,7 @@ def describe(
             "vocabulary": "vocab.txt", "lower_case": True, "max_positions": config.max_positions,
             "pad": tokenizer.pad_id, "start": tokenizer.cls_id, "end": tokenizer.sep_id,
             "forbidden": forbidden_tokens(tokenizer), "box_bins": config.box_bins,
+            "text_end": config.text_end,
         },
         "classifiers": {name: c.model_dump() for name, c in config.classifiers.items()},
         "decoding": {"caption": caption.model_dump(mode="json"), "vqa": vqa.model_dump(mode="json")},

@@ -70,9 +70,8 @@ def prepare(
             recipe = check_recipe(read_yaml(folder / "recipe.yaml"))
         except RecipeError as error:
             notes.append(f"recipe.yaml is not understood, the card says nothing of it: {error.message}")
-        places = re.findall(
-            r"(?:^|[\s'\":])(/[\w.-]+/[^\s'\",]+|~/[^\s'\",]+)", (folder / "recipe.yaml").read_text("utf-8")
-        )
+        text = (folder / "recipe.yaml").read_text("utf-8", errors="replace")
+        places = re.findall(r"(?:^|[\s'\":])(/[\w.-]+/[^\s'\",]+|~/[^\s'\",]+)", text)
         if places:
             notes.append(f"recipe.yaml is published, too, and names folders of this machine, such as {places[0]}")
     name = target.repository.partition("/")[2]

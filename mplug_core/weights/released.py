@@ -20,12 +20,11 @@ from mplug_core.errors import CheckpointError
 from mplug_core.recipe import DecodingSection
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.modelscope import WEIGHTS, WRITING_TASKS, Settings, is_modelscope, read_settings
-from mplug_core.weights.official import Conversion, convert
+from mplug_core.weights.official import Conversion, convert, unwrap
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
+from mplug_core.weights.repository import alone_in
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".th", ".safetensors")
-"""Ends of the names of checkpoint files."""
 AGAIN = "give a released mPLUG checkpoint, and download it again if it is one"
 
 
@@ -41,11 +40,16 @@ class Released:
     release: Callable[[Tensor], None]
 
 
+def released_files(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, of which ModelScope's hides others."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return alone_in(folder)
+
+
 def released_file(folder: Path) -> Path:
     """The one checkpoint file of a folder; CheckpointError where there is none, or there are several."""
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = released_files(folder)
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:3])
         raise CheckpointError(f"{folder} holds {len(found)} checkpoints: {names}", "give one of them")
@@ -70,7 +74,11 @@ def read_released(place: Path, image_size: int | None = None) -> Released:
     checkpoint = read_checkpoint(file)
     pages = MappedPages(file)
     try:
-        conversion = convert(checkpoint, settings.bert, image_size or settings.image_size, pages.release)
+        tensors = unwrap(checkpoint)
+        hollow = next((name for name, value in tensors.items() if value.is_meta), None)
+        if hollow is not None:
+            raise CheckpointError(f"{hollow} has a shape and no values", AGAIN)
+        conversion = convert(tensors, settings.bert, image_size or settings.image_size, pages.release)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error.message}", error.hint, error.code) from error
     remember_decoding(conversion, settings)

@@ -11,7 +11,7 @@ from mplug_core.errors import CheckpointError
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights that are read together with the files beside them; of several the first."""
-ALONE = (".pth", ".pt", ".bin", ".safetensors")
+ALONE = (".pth", ".pt", ".bin", ".ckpt", ".th", ".safetensors")
 """Suffixes of files that may hold a model by themselves."""
 BESIDE = (".json", ".yaml", ".txt", ".md")
 """Suffixes of the small files beside weights: configuration, vocabulary, recipe, card."""
@@ -54,12 +54,17 @@ def wanted_files(files: Iterable[str], spec: str) -> list[str]:
     return [name for name in top if PurePosixPath(name).suffix in BESIDE] + alone
 
 
+def alone_in(folder: Path) -> list[Path]:
+    """The files of a folder that may hold a model by themselves."""
+    return sorted(f for f in folder.iterdir() if f.suffix in ALONE and not f.name.startswith(".") and f.is_file())
+
+
 def model_in(folder: Path) -> Path | None:
     """What is to be read of a folder of downloaded files: the folder, its only file of weights, or None."""
     if any((folder / name).is_file() for name in WHOLE):
         return folder
     try:
-        alone = [f for f in folder.iterdir() if f.suffix in ALONE and not f.name.startswith(".") and f.is_file()]
+        alone = alone_in(folder)
     except OSError:
         return None
     return alone[0] if len(alone) == 1 else None

@@ -15,7 +15,9 @@ from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import Recipe, check_recipe, read_yaml
+from mplug_core.weights import hub
 from mplug_core.weights.card import Card, read_card
+from mplug_core.weights.faults import head_faults, shown
 from mplug_core.weights.folder import find_model, read_model
 from mplug_core.weights.official import missing_by_part, part_of
 from mplug_core.weights.quantised import SCALE, check_quantisation
@@ -87,7 +89,10 @@ def summarise(spec: str | None = None) -> Summary:
     stored = read_model(spec)  # mapped, not loaded
     heads = {name: TensorHead(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for name, t in stored.state.items()}
     size = place.stat().st_size if place.is_file() else folder_size(place)
-    return _summary(stored.path, "released checkpoint", size, stored.config, heads, stored.missing)
+    summary = _summary(stored.path, "released checkpoint", size, stored.config, heads, stored.missing)
+    for part, fault in head_faults(stored.state).items():  # nothing loads it
+        summary.tasks = {task: why or f"{shown(part)} {fault}" for task, why in summary.tasks.items()}
+    return summary
 
 
 def _native(folder: Path) -> Summary:
@@ -104,7 +109,10 @@ def _native(folder: Path) -> Summary:
     quantised = any(head.dtype == "int8" for head in heads.values())
     kind = "int8 model folder" if quantised else "model folder"
     summary = _summary(folder, kind, folder_size(folder), config, heads, missing)
-    summary.card = read_card(folder)
+    try:
+        summary.card = read_card(folder)
+    except CheckpointError as error:
+        summary.notes.append(error.message)
     if (folder / "recipe.yaml").is_file():
         try:
             summary.recipe = check_recipe(read_yaml(folder / "recipe.yaml"))
@@ -152,9 +160,8 @@ def _summary(
             parameters[part_of(name)] += head.count
     rows, columns = model.visual.grid
     tokens = rows * columns + config.summary_tokens + (model.visual.is_transformer and 1)
-    name = path.stem if path.is_file() else path.name
     return Summary(
-        name, path, kind, size, dict(dtypes.most_common()), dict(parameters), config, int(tokens), missing,
+        hub.name_of(path), path, kind, size, dict(dtypes.most_common()), dict(parameters), config, int(tokens), missing,
         abilities(config, missing),
     )  # fmt: skip
 
@@ -163,9 +170,12 @@ def abilities(config: MplugConfig, missing: dict[str, list[str]]) -> dict[str, s
     """Each task, with None where the model has what it takes, else what it lacks. How well is another question."""
     found: dict[str, str | None] = {}
     for task, parts in NEEDS.items():
+        left_out = [shown(part).removeprefix("the ") for part in parts if part in config.absent]
         absent = [part for part in parts if missing.get(part)]
         lack = config.lacks_for(OBJECTIVES[task]) if task in OBJECTIVES else None
-        if lack:
+        if left_out:
+            found[task] = f"it has no {' and no '.join(left_out)}"
+        elif lack:
             found[task] = f"it has no {lack.partition(':')[0].removeprefix('model.')}"
         elif absent:
             found[task] = f"its {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not in the checkpoint"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mplug_core.errors import CheckpointError
 from mplug_core.recipe import check_recipe
 from mplug_core.weights.card import model_card
 from mplug_core.weights.export import export_int8, read_source
@@ -39,6 +40,41 @@ def test_what_a_model_cannot_do_and_why(mplug, model_folder):
     text = "\n".join(" ".join(line.split()) for line in done.lines)
     assert "caption yes" in text and "grounding no: it has no box_bins" in text
     assert "statements no: it has no classifiers.statement" in text and "boxes no box tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("absent", "able", "why_not"),
+    [
+        (["contrastive"], {"caption", "vqa", "grounding"}, {"retrieval": "it has no contrastive head"}),
+        (
+            ["text", "contrastive", "matching", "masked"],
+            {"caption"},
+            {"retrieval": "it has no text encoder and no contrastive head", "vqa": "it has no text encoder"},
+        ),
+        (["matching", "masked"], {"caption", "vqa", "grounding", "retrieval"}, {}),
+    ],
+)
+def test_parts_that_are_left_out_can_do_nothing(mplug, tmp_path, absent, able, why_not):
+    fusion = {"fusion": "none", "fusion_layers": 0} if "text" in absent else {}
+    folder = save_random(tmp_path / "m", box_bins=4, absent=absent, **fusion)
+    tasks = mplug("model", "info", folder, "--json").objects[0]["tasks"]
+    assert {task for task, found in tasks.items() if found["able"]} == able
+    assert {task: tasks[task]["why_not"] for task in why_not} == why_not
+
+
+@pytest.mark.parametrize(
+    ("heads", "part"), [(("itm_head",), "matching"), (("vision_proj", "text_proj"), "contrastive")]
+)
+def test_what_cannot_be_loaded_can_do_nothing(mplug, tmp_path, heads, part):
+    from tests.released import released, write_alicemind
+
+    tensors = {name: value for name, value in released().items() if not name.startswith(heads)}
+    file = write_alicemind(tmp_path / "m.pth", tensors)
+    with pytest.raises(CheckpointError):
+        load_model(str(file))
+    tasks = mplug("model", "info", file, "--json").objects[0]["tasks"]
+    assert not any(found["able"] for found in tasks.values())
+    assert tasks["caption"]["why_not"].startswith(f"the {part} head is not there")
 
 
 def test_fusion_says_which_layers_connect(mplug, tmp_path):
@@ -81,6 +117,24 @@ def test_a_recipe_that_is_not_understood_is_a_note(mplug, trained):
     assert done.code == 0 and "recipe" not in done.objects[0] and "note: recipe.yaml is not understood" in done.err
 
 
+@pytest.mark.parametrize("text", [b"---\nhello\n---\ntext\n", b"---\na: [\n---\n", b"\xff\xfe"])
+def test_a_card_that_is_not_understood_is_a_note(mplug, trained, text):
+    (trained / "model" / "README.md").write_bytes(text)
+    done = mplug("model", "info", trained, "--json")
+    assert done.code == 0 and done.objects[0]["scores"] == [] and done.err.startswith("note: ")
+    assert done.err.count("\n") == 1 and "README.md" in done.err
+
+
+@pytest.mark.parametrize("written", ["2024-01-01", "[mit]", "1"])
+def test_fields_of_a_card_are_texts(mplug, able_folder, tmp_path, written):
+    folder = Path(shutil.copytree(able_folder, tmp_path / "m"))
+    result = "{task: {type: caption}, dataset: {name: x, split: 2024-01-01}, metrics: [{type: cider, value: 1}]}"
+    (folder / "README.md").write_text(f"---\nlicense: {written}\nmodel-index: [{{results: [{result}]}}]\n---\nx\n")
+    (found,) = mplug("model", "info", folder, "--json").objects
+    assert isinstance(found["license"], str) and written.strip("[]") in found["license"]
+    assert found["scores"][0]["split"] == "2024-01-01"
+
+
 def test_int8(mplug, able_folder, tmp_path):
     export_int8(read_source(str(able_folder)), tmp_path / "q", "bf16", "")
     (found,) = mplug("model", "info", tmp_path / "q", "--json").objects
@@ -106,6 +160,13 @@ def test_damage_is_one_line(mplug, able_folder, tmp_path, damage):
     (folder / damage).write_bytes(b"\xff{")
     done = mplug("model", "info", folder)
     assert done.code == 5 and damage in done.error
+
+
+@pytest.mark.parametrize("cache", ["hf/hub/models--org--name/snapshots/" + "a" * 40, "home/models/ms/org/name/master"])
+def test_models_of_hubs_are_called_as_there(mplug, able_folder, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("MPLUG_HOME", str(tmp_path / "home"))
+    folder = shutil.copytree(able_folder, tmp_path / cache)
+    assert mplug("model", "info", folder, "--json").objects[0]["name"] == "org/name"
 
 
 def test_no_model_is_one_line(mplug):

@@ -85,6 +85,17 @@ def test_a_large_file_is_announced(mplug: Mplug, web: Loopback, monkeypatch: pyt
     assert done.err.count("downloading") == 1
 
 
+@pytest.mark.parametrize("command", ["info", "convert", "export", "push"])
+def test_commands_announce_what_they_download(
+    command: str, mplug: Mplug, web: Loopback, native: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mplug_cli.show.ANNOUNCED_BYTES", 0)
+    web.hugging_face("org/name", native)
+    rest = {"info": [], "push": ["hf:org/other", "--dry-run"]}.get(command, [tmp_path / "out"])
+    done = mplug("model", command, "hf:org/name", *rest)
+    assert done.code == 0 and "note: downloading model.safetensors" in done.err
+
+
 def test_pull_without_names_is_a_usage_error(mplug: Mplug) -> None:
     assert mplug("model", "pull").code == 2
 

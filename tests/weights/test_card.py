@@ -10,7 +10,7 @@ import yaml
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import Recipe, check_recipe
-from mplug_core.weights.card import Card, data_name, model_card, published_card, read_card
+from mplug_core.weights.card import Card, architecture, data_name, model_card, published_card, read_card
 from mplug_core.weights.folder import EMBEDDED
 
 METRICS = {"val/caption/cider": 0.46412345, "val/caption/bleu4": 0.174, "val/vqa/accuracy": 0.5}
@@ -77,12 +77,25 @@ def test_scores_are_read_back_from_the_index_and_from_the_table(recipe: Recipe, 
     assert (indexed[0].data, indexed[0].split) == ("flickr8k", "val")
 
 
+@pytest.mark.parametrize("cell", ["-", "--", "1.2.3", "e"])
+def test_a_cell_without_a_figure_is_no_score(cell: str) -> None:
+    card = Card({}, f"| metric | score |\n|---|---|\n| val/vqa/accuracy | {cell} |\n| val/caption/cider | 0.5 |\n")
+    assert [(score.metric, score.value) for score in card.scores()] == [("cider", 0.5)]
+
+
 def test_a_model_of_which_nothing_is_known_claims_nothing(config: MplugConfig) -> None:
     card = Card.parse(model_card("bare", config))
     assert "Trained" not in card.body and "Scores" not in card.body and card.scores() == []
     assert set(card.fields) == {"library_name", "pipeline_tag", "tags"}
     retriever = Card.parse(model_card("bare", config.model_copy(update={"decoder_layers": 0})))
     assert "pipeline_tag" not in retriever.fields
+
+
+def test_parts_that_are_left_out_are_not_described(config: MplugConfig) -> None:
+    update = {"absent": ["text"], "fusion": "none", "fusion_layers": 0}
+    captioner = architecture(config.model_copy(update=update))
+    assert captioner.endswith(f" pixels and a decoder of {config.decoder_layers} layers.")
+    assert architecture(config.model_copy(update={**update, "decoder_layers": 0})).endswith(" pixels.")
 
 
 def test_an_existing_card_keeps_its_text_its_fields_and_its_scores(recipe: Recipe, config: MplugConfig) -> None:

@@ -19,6 +19,7 @@ from mplug_core.weights import download, hub
 from mplug_core.weights.cache import home, is_offline, place_of_url
 from mplug_core.weights.folder import find_model
 from mplug_core.weights.registry import RELEASED
+from mplug_core.weights.released import released_file
 from mplug_core.weights.repository import RepositoryName, model_in, wanted_files
 from tests.loopback import Loopback, Page, loopback
 
@@ -115,6 +116,15 @@ def test_files_that_make_a_model() -> None:
         wanted_files(["a.pth", "b.pth"], "hf:o/n@1")
     with pytest.raises(CheckpointError, match="no weights"):
         wanted_files(["README.md"], "hf:o/n")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".th", ".safetensors"])
+def test_files_that_are_read_are_files_that_are_downloaded(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"x{suffix}").touch()
+    (tmp_path / f".hidden{suffix}").touch()
+    assert model_in(tmp_path) == released_file(tmp_path) == tmp_path / f"x{suffix}"
+    assert wanted_files([f"x{suffix}"], "hf:o/n") == [f"x{suffix}"]
+    assert hub.UrlModel(f"https://host/x{suffix}").place.name == f"x{suffix}"
 
 
 def test_model_in_a_folder(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import MplugError
 from mplug_core.generation import Decoding, generate
 from mplug_core.model.mplug import MplugModel
+from mplug_core.tasks.caption import CaptionTask
+from mplug_core.tasks.vqa import VqaTask
 from mplug_core.weights import onnx
 from mplug_core.weights.onnx import decoder_graphs, export_onnx, graphs_of, largest_difference, write_graph
-from tests.small import CLASSIFIERS, CNN, small_model
+from tests.small import CLASSIFIERS, CNN, small_config, small_model
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in onnx.PACKAGES), reason="onnx, onnxscript, onnxruntime"
@@ -52,6 +54,61 @@ def test_graphs_are_those_of_the_model(model: MplugModel, tokenizer: Tokenizer) 
     ]  # fmt: skip
     dual = small_model(vocab_size=tokenizer.vocab_size, fusion="none", fusion_layers=0, decoder_layers=0)
     assert [graph.name for graph in graphs_of(dual)] == ["image_encoder", "text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "gone"),
+    [
+        ({"absent": ["matching", "masked"]}, {"text_encoder", "fusion", "decoder"}, {"matching_logits"}),
+        (
+            {"absent": ["contrastive", "masked"]},
+            {"text_encoder", "fusion", "decoder"},
+            {"image_feature", "text_feature"},
+        ),
+        (
+            {"absent": ["text", "contrastive", "matching", "masked"], "fusion": "none", "fusion_layers": 0},
+            {"decoder"},
+            {"image_feature", "text_feature", "matching_logits"},
+        ),
+    ],
+)
+def test_parts_that_a_model_lacks_are_in_no_graph(fields: dict[str, Any], names: set[str], gone: set[str]) -> None:
+    graphs = graphs_of(small_model(**fields))
+    assert {graph.name for graph in graphs} == {"image_encoder", "decoder_memory", *names}
+    assert {"image_feature", "text_feature", "matching_logits"} - {n for g in graphs for n in g.outputs} == gone
+    for graph in graphs:
+        values = graph.module(*onnx._nested(graph, graph.example(onnx.CHECKED[2], torch.Generator().manual_seed(0))))
+        assert isinstance(values, tuple) and len(values) == len(graph.outputs)
+
+
+@needs_onnx
+@pytest.mark.parametrize("fault", ["load", "run"])
+def test_faults_of_onnxruntime_are_one_line(
+    model: MplugModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    import onnxruntime
+
+    class Broken:
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            if fault == "load":
+                self.run()
+
+        def run(self, *arguments: Any) -> None:
+            raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Broken)
+    with pytest.raises(MplugError, match=rf"onnxruntime can't {fault} graph decoder: first \("):
+        largest_difference(decoder_graphs(model)[1], tmp_path / "decoder.onnx")
+
+
+def test_meta_says_how_the_model_itself_reads_and_writes(tokenizer: Tokenizer) -> None:
+    config = small_config(vocab_size=tokenizer.vocab_size)
+    assert onnx.describe(config, tokenizer, [], {}, 18)["text"]["text_end"] is True
+    own = {"text_end": False, "decoding": {"vqa": {"strategy": "released", "beams": 7}}}
+    meta = onnx.describe(small_config(vocab_size=tokenizer.vocab_size, **own), tokenizer, [], {}, 18)
+    assert meta["text"]["text_end"] is False
+    assert meta["decoding"]["caption"] == CaptionTask.decoding.model_dump(mode="json")
+    assert meta["decoding"]["vqa"] == {**VqaTask.decoding.model_dump(mode="json"), "strategy": "released", "beams": 7}
 
 
 def test_a_graph_that_differs_is_not_written(
@@ -199,6 +256,18 @@ def test_folder_says_how_it_is_used(folder: Path, tokenizer: Tokenizer) -> None:
             )
             assert all(a == b for a, b in zip(told["shape"], value.shape, strict=True) if isinstance(a, int))
         assert graph["max_difference_to_pytorch"] < 1e-4
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_captioner_without_any_text_encoder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    absent = ["text", "contrastive", "matching", "masked"]
+    model = small_model(
+        vocab_size=tokenizer.vocab_size, absent=absent, **{**SMALL, "fusion": "none", "fusion_layers": 0}
+    )
+    differences = export_onnx(tmp_path / "onnx", model, tokenizer, "")
+    assert set(differences) == {"image_encoder", "decoder_memory", "decoder"}
+    assert max(differences.values()) < 1e-4
 
 
 @needs_onnx

@@ -165,7 +165,11 @@ def test_what_a_recipe_tells_of_this_machine_is_noted(folder: Path) -> None:
     (folder / "recipe.yaml").write_text("name: x\ndata:\n  root: /home/me/data\nmodel: {size: tiny}\n")
     plan = prepare(str(folder), TARGET, licence="mit")
     assert [note for note in plan.notes if "/home/me/data" in note] and "recipe.yaml" in [f.name for f in plan.files]
-    (folder / "recipe.yaml").write_text("name: x\nnonsense: 1\n")
+
+
+@pytest.mark.parametrize("recipe", [b"name: x\nnonsense: 1\n", b"\xff\xfe\xff", b"a: [\n"])
+def test_a_recipe_that_is_not_understood_is_noted(folder: Path, recipe: bytes) -> None:
+    (folder / "recipe.yaml").write_bytes(recipe)
     assert any("not understood" in note for note in prepare(str(folder), TARGET).notes)
 
 

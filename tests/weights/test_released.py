@@ -76,6 +76,16 @@ class TestLayouts:
         written = {"image-captioning": "caption", "visual-question-answering": "vqa"}.get(task)
         assert set(loaded.config.decoding) == ({written} if written else set())
 
+    def test_another_programs_config_json(self, tmp_path: Path, want: dict[str, Tensor]) -> None:
+        folder = write_modelscope(tmp_path / "m", released(), "image-captioning")
+        file = write_alicemind(tmp_path / "a" / "mplug.pth", released())
+        for place in (folder, file.parent):
+            (place / "config.json").write_text("{}")
+            assert equal(load_model(str(place)).model.state_dict(), want)
+        file.unlink()
+        with pytest.raises(CheckpointError, match="pieces in vocab.txt"):
+            load_model(str(file.parent))  # one of ours without its weights
+
     def test_modelscopes_image_size_and_beams(self, tmp_path: Path) -> None:
         from mplug_core.tasks.vqa import VqaTask
 
@@ -94,7 +104,13 @@ class TestLayouts:
         [
             ("config.yaml", "image_res: [", "config.yaml: it is not YAML"),
             ("config.yaml", "image_res: many", "image_res is 'many'"),
+            ("config.yaml", "image_res: 0", "image_res is 0, and must be 1 or more"),
+            ("config.yaml", "beam_size: 0", "beam_size is 0, and must be 1 or more"),
+            ("config.yaml", "max_length: 0", "max_length is 0, and must be 1 or more"),
+            ("config.yaml", "{min_length: 9, max_length: 4}", "min_length 9 is above max_length 4"),
             ("config.yaml", "- 1", "it is no mapping"),
+            ("config_bert.json", '{"layer_norm_eps": "nan"}', "layer_norm_eps is 'nan'"),
+            ("config_bert.json", '{"layer_norm_eps": Infinity}', "layer_norm_eps is inf"),
             ("config_bert.json", "{", "config_bert.json: it is not JSON"),
             ("config_bert.json", '{"hidden_size": 32}', "hidden_size 32, and text_encoder"),
             ("config_bert.json", '{"num_attention_heads": 3}', "width 16 is not a multiple of heads 3"),
@@ -107,6 +123,18 @@ class TestLayouts:
         (folder / file).write_text(text)
         with pytest.raises(CheckpointError, match=re.escape(words)):
             load_model(str(folder))
+
+    @pytest.mark.parametrize("text", [b"- a\n- b\n", b"image_res: big", b"image_res: 0", b"a: [", b"\xff\xfe", b"x: 1"])
+    def test_config_that_is_anybodys(self, tmp_path: Path, text: bytes) -> None:
+        """Beside a file of AliceMind's config.yaml may be of another program; config_bert.json is the model's."""
+        file = write_alicemind(tmp_path / "mplug.pth", released())
+        (tmp_path / "config.yaml").write_bytes(text)
+        assert read_model(str(file)).config.vision.image_size == 16
+        (tmp_path / "config.yaml").write_bytes(b"image_res: 32")
+        assert read_model(str(file)).config.vision.image_size == 32
+        (tmp_path / "config_bert.json").write_text("{")
+        with pytest.raises(CheckpointError, match="config_bert.json: it is not JSON"):
+            read_model(str(file))
 
     def test_run_whose_model_is_in_a_checkpoint(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
@@ -194,6 +222,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another model": (lambda file: torch.save({"model": {"a.weight": torch.ones(2, 2)}}, file), "is it a released"),
     "sparse": (
         lambda file: torch.save({"model": {**released(), "temp": torch.eye(3).to_sparse()}}, file), "no plain tensor"
+    ),
+    "meta": (
+        lambda file: torch.save({"model": {**released(), "vision_proj.bias": torch.ones(8, device="meta")}}, file),
+        "vision_proj.bias has a shape and no values",
     ),
     "whole numbers": (
         lambda file: torch.save({"model": {**released(), "itm_head.bias": torch.zeros(2, dtype=torch.int64)}}, file),
@@ -358,6 +390,13 @@ class TestConverted:
         convert_model(file, tmp_path / "native", dtype=torch.bfloat16, force=True)
         stored = load_file(tmp_path / "native" / "model.safetensors")
         assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+
+    def test_weights_stand_for_their_folder(self, tmp_path: Path) -> None:
+        convert_model(str(write_alicemind(tmp_path / "a.pth", released())), tmp_path / "native")
+        file = tmp_path / "native" / "model.safetensors"
+        assert read_model(str(file)).path == tmp_path / "native"
+        (tmp_path / "native" / "config.json").unlink()
+        assert find_model(str(file)) == file
 
     def test_native_to_native(self, tmp_path: Path) -> None:
         convert_model(str(write_alicemind(tmp_path / "a.pth", released())), tmp_path / "one")
