@@ -44,14 +44,15 @@ def export(
     _check(form, dtype, opset)
 
     from mplug_core.weights.card import model_card
-    from mplug_core.weights.export import check_target, export_int8, export_safetensors, read_source
+    from mplug_core.weights.destination import check_destination
+    from mplug_core.weights.export import export_int8, export_safetensors, read_source
     from mplug_core.weights.folder import find_model
 
     if form == "onnx":
         from mplug_core.weights.onnx import require_packages
 
         require_packages()
-    check_target(target, find_model(spec), force)  # before anything is read
+    check_destination(target, find_model(spec), force)  # before anything is read
     source = read_source(spec, image_size)
     text = source.texts.get("README.md") or model_card(source.stored.name, source.config)
     if form == "safetensors":

@@ -41,6 +41,7 @@ from mplug_core.model.mplug import ImageEncoding
 from mplug_core.recipe import CLASSES
 from mplug_core.tasks.answering import AnswerBatch, Asked, Request, answer_requests
 from mplug_core.tasks.task import need
+from mplug_core.weights.destination import check_destination
 from mplug_core.weights.folder import Loaded, load_model, save_model
 
 if TYPE_CHECKING:
@@ -169,12 +170,14 @@ class Mplug(Loaded):
         """Write a model folder that :func:`load` and ``--model`` read, whole or not at all; returns it.
 
         Weights are stored as ``dtype`` (default: as they are, so that the folder gives the very same answers;
-        ``"bfloat16"`` halves a float32 model). The model card goes along. CheckpointError for a model that was loaded
-        without some part, or where the folder can't be written.
+        ``"bfloat16"`` halves a float32 model). The model card goes along. A model folder that is there is replaced;
+        MplugError for any other that is not empty, for a model that was loaded without some part, or where the folder
+        can't be written.
 
         >>> model.save_pretrained("my-model", dtype="bfloat16")
         PosixPath('my-model')
         """
+        check_destination(folder, force=True)
         hollow = [name for name, value in self.model.state_dict().items() if value.is_meta]
         if hollow:
             raise CheckpointError(f"{self.name} has no weights of {hollow[0].split('.')[0]}", "load the whole model")

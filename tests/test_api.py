@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -436,6 +437,20 @@ def test_the_card_goes_along(folder, tmp_path):
     (tmp_path / "m" / "README.md").write_text("licence: mine")
     saved = mplug_core.load(tmp_path / "m").save_pretrained(tmp_path / "n")
     assert (saved / "README.md").read_text() == "licence: mine"
+
+
+def test_only_a_model_is_replaced_by_a_saved_one(folder, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(folder, project)
+    (project / "thesis.txt").write_text("x")
+    model = mplug_core.load(project, device="cpu")
+    for place in (project, project / "thesis.txt", tmp_path):
+        with pytest.raises(MplugError, match="is a file|is no model folder"):
+            model.save_pretrained(place)
+    assert (project / "thesis.txt").read_text() == "x"
+    (project / "thesis.txt").unlink()
+    assert model.save_pretrained(project) == project
+    assert torch.equal(mplug_core.load(project).encode_text("a dog"), model.encode_text("a dog"))
 
 
 def test_a_model_without_parts(folder, photos, tmp_path, model):

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
+from mplug_core.weights.destination import check_destination
 from mplug_core.weights.faults import absent_parts, broken_values, head_faults, raise_first, shown, without_parts
-from mplug_core.weights.folder import Stored, read_model, write_folder
+from mplug_core.weights.folder import Stored, find_model, read_model, write_folder
 from mplug_core.weights.official import PARTS, Entry, expected_shapes, part_of
 
 
@@ -78,7 +79,7 @@ def convert_model(
     a model folder, nothing else); CheckpointError for a part that is missing, of a wrong shape or never trained.
     """
     target = Path(target)
-    check_target(target, force)
+    check_destination(target, find_model(source), force)
     stored = read_model(source, image_size, allow_missing)
     config, state, gone = stored.config, dict(stored.state), set()
     if stored.account is not None:
@@ -91,16 +92,6 @@ def convert_model(
     write_folder(target, config, stored.tokenizer, state, dtype, written=stored.release)
     account.bytes = (target / "model.safetensors").stat().st_size
     return account
-
-
-def check_target(target: Path, force: bool) -> None:
-    """MplugError if a model can't be written there: something is there that is no model, or must not be replaced."""
-    if not target.exists() and not target.is_symlink():
-        return
-    if not all((target / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise MplugError(f"{target} exists and is no model folder", "name a folder that doesn't exist")
-    if not force:
-        raise MplugError(f"{target} exists", "--force replaces it")
 
 
 def check_values(stored: Stored, state: Mapping[str, Tensor]) -> None:

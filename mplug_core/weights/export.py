@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
+from mplug_core.weights.destination import check_destination
 from mplug_core.weights.faults import absent_parts, without_parts
 from mplug_core.weights.folder import Stored, read_model, write_folder
 from mplug_core.weights.official import missing_by_part
 from mplug_core.weights.quantised import QUANTISATION, describe_quantisation, quantise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MARKS = ("config.json", "meta.json")
-"""Files by one of which a folder is known as a model, which an export may replace."""
 KEPT = ("README.md", "recipe.yaml")
 """Texts that an exported folder takes over from the model that it was made of."""
 
@@ -68,7 +67,7 @@ def export_safetensors(source: Source, target: Path, dtype: str, card: str, forc
 
     CheckpointError for a weight that overflows the type, MplugError for a target that is in the way.
     """
-    check_target(target, source.stored.path, force)
+    check_destination(target, source.stored.path, force)
     chosen = DTYPES[dtype]
     if chosen == torch.float16:
         largest = torch.finfo(torch.float16).max
@@ -80,7 +79,7 @@ def export_safetensors(source: Source, target: Path, dtype: str, card: str, forc
 
 def export_int8(source: Source, target: Path, dtype: str, card: str, force: bool = False) -> None:
     """Write a native folder with int8 weights; what is not quantised is stored in ``dtype``."""
-    check_target(target, source.stored.path, force)
+    check_destination(target, source.stored.path, force)
     with torch.device("meta"):
         model = MplugModel(source.config)
     chosen = DTYPES[dtype]
@@ -106,23 +105,6 @@ def _save(
         raise CheckpointError(f"{source.stored.path} {what} {name}", "config.json and weights are of different models")
     texts = {name: text for name, text in source.texts.items() if name != "README.md"}
     write_folder(target, source.config, source.stored.tokenizer, state, dtype, card=card, files=texts | files)
-
-
-def check_target(target: Path, source: Path, force: bool) -> None:
-    """MplugError unless ``target`` is free, or a model folder that may be replaced."""
-    if not target.exists() and not target.is_symlink():
-        return
-    here, there = target.resolve(), source.resolve()
-    if there in (here, *here.parents) or here in there.parents:
-        raise MplugError(f"{target} is where the model is that is exported", "name another folder")
-    if not target.is_dir():
-        raise MplugError(f"{target} is a file", "name a folder")
-    if not any(target.iterdir()):
-        return
-    if not any((target / mark).is_file() for mark in MARKS):
-        raise MplugError(f"{target} is not empty and is no model folder", "name another folder")
-    if not force:
-        raise MplugError(f"{target} exists", "--force replaces it")
 
 
 def _read(file: Path) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +25,7 @@ from mplug_core.model.vision import VisualEncoder, resize_positions
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
 from mplug_core.weights import hub
-from mplug_core.weights.durable import replace_folder
+from mplug_core.weights.durable import whole_folder
 from mplug_core.weights.faults import absent_parts, check_conversion, head_faults, raise_first, without_parts
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.official import Conversion, patches
@@ -80,30 +78,22 @@ def write_folder(
     Floating-point tensors are stored as ``dtype`` (None: as they are). ``written`` gets each tensor of ``state`` that
     is in the file; ``files`` are further texts by name. CheckpointError where the disk doesn't take it.
     """
-    folder = Path(folder)
-    beside: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        _write_weights(beside / "model.safetensors", state, dtype, written)
-        config.save(beside / "config.json")
-        tokenizer.save(beside / "vocab.txt")
-        if recipe is not None:
-            # what was set, also to a default: left out, the named size would take its place when read again
-            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
-            (beside / "recipe.yaml").write_text(text, encoding="utf-8")
-        if card is not None:
-            (beside / "README.md").write_text(card, encoding="utf-8")
-        for name, text in (files or {}).items():
-            (beside / name).write_text(text, encoding="utf-8")
-        beside.chmod(0o755)
-        replace_folder(beside, folder)
+        with whole_folder(Path(folder)) as beside:
+            _write_weights(beside / "model.safetensors", state, dtype, written)
+            config.save(beside / "config.json")
+            tokenizer.save(beside / "vocab.txt")
+            if recipe is not None:
+                # what was set, also to a default: left out, the named size would take its place when read again
+                text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+                (beside / "recipe.yaml").write_text(text, encoding="utf-8")
+            if card is not None:
+                (beside / "README.md").write_text(card, encoding="utf-8")
+            for name, text in (files or {}).items():
+                (beside / name).write_text(text, encoding="utf-8")
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write {folder}: {reason}", "check the disk and its space") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_weights(

@@ -15,7 +15,7 @@ from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.model.mplug import MplugModel
 from mplug_core.training.start import fill_from
 from mplug_core.weights import quantised
-from mplug_core.weights.export import DTYPES, build, check_target, export_int8, export_safetensors, read_source
+from mplug_core.weights.export import DTYPES, build, export_int8, export_safetensors, read_source
 from mplug_core.weights.faults import without_parts
 from mplug_core.weights.folder import EMBEDDED, load_model, read_model, save_model, write_folder
 from mplug_core.weights.quantised import Int8Linear, computes_int8, dequantise, quantise, quantise_rows
@@ -247,17 +247,10 @@ class TestTarget:
         assert (place / "README.md").read_text() == "# two\n"
         assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
 
-    def test_what_is_no_model_stays(self, folder: Path, tmp_path: Path) -> None:
-        (tmp_path / "thesis.txt").write_text("x")
-        with pytest.raises(MplugError, match="is no model folder"):
-            check_target(tmp_path, folder, force=True)
-        with pytest.raises(MplugError, match="is a file"):
-            check_target(tmp_path / "thesis.txt", folder, force=True)
-
     def test_the_model_itself_stays(self, folder: Path) -> None:
         for target in (folder, folder.parent):
             with pytest.raises(MplugError, match="where the model is"):
-                check_target(target, folder, force=True)
+                export_safetensors(read_source(str(folder)), target, "bf16", "", force=True)
 
 
 def test_weights_of_another_model_are_not_exported(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
