@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.weights.destination import check_destination
-from mplug_core.weights.faults import absent_parts, broken_values, head_faults, raise_first, shown, without_parts
+from mplug_core.weights.faults import broken_values, shown
 from mplug_core.weights.folder import Stored, find_model, read_model, write_folder
 from mplug_core.weights.official import PARTS, Entry, expected_shapes, part_of
 
@@ -80,31 +79,27 @@ def convert_model(
     """
     target = Path(target)
     check_destination(target, find_model(source), force)
-    stored = read_model(source, image_size, allow_missing)
-    config, state, gone = stored.config, dict(stored.state), set()
-    if stored.account is not None:
-        faults = head_faults(state)
-        raise_first({part: fault for part, fault in faults.items() if part not in allow_missing}, str(stored.path))
-        gone = absent_parts(config, stored.missing)
-        config, state = without_parts(config, state, gone)
-    check_values(stored, state)
-    account = _account(stored, config, gone, allow_missing)
-    write_folder(target, config, stored.tokenizer, state, dtype, written=stored.release)
+    stored = read_model(source, image_size, allow_missing).whole(allow_missing, hint=None)
+    check_values(stored)
+    account = _account(stored, allow_missing)
+    write_folder(target, stored.config, stored.tokenizer, stored.state, dtype, written=stored.release)
     account.bytes = (target / "model.safetensors").stat().st_size
     return account
 
 
-def check_values(stored: Stored, state: Mapping[str, Tensor]) -> None:
-    """CheckpointError for weights that are not finite or all the same; tensors are given back as they are read."""
-    for name, value in state.items():
+def check_values(stored: Stored) -> None:
+    """CheckpointError for weights of a released checkpoint that are not finite or all the same; tensors are given back
+    as they are read."""
+    for name, value in stored.state.items():
         fault = broken_values(name, value) if stored.account is not None else None
         if fault:
             raise CheckpointError(f"{stored.path}: {fault}", "take another checkpoint")
         stored.release(value)
 
 
-def _account(stored: Stored, config: MplugConfig, gone: Collection[str], allowed: Iterable[str]) -> Account:
-    """The account of a model, of which the parts ``gone`` were left out."""
+def _account(stored: Stored, allowed: Iterable[str]) -> Account:
+    """The account of a model that is whole, with what was left out for it."""
+    config, gone = stored.config, stored.gone
     used: dict[str, Group] = {}
     dropped: dict[str, Group] = {}
     missing: dict[str, Group] = {}

@@ -5,7 +5,7 @@ What is exported is a native folder again; :mod:`mplug_core.weights.onnx` writes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
+from mplug_core.weights.conversion import check_values
 from mplug_core.weights.destination import check_destination
-from mplug_core.weights.faults import absent_parts, without_parts
 from mplug_core.weights.folder import Stored, read_model, write_folder
 from mplug_core.weights.official import missing_by_part
 from mplug_core.weights.quantised import QUANTISATION, describe_quantisation, quantise
@@ -41,13 +41,14 @@ class Source:
 def read_source(spec: str | None, image_size: int | None = None) -> Source:
     """A model by ``--model``'s rules, for images of ``image_size`` pixels (default: its own).
 
-    Parts that a checkpoint came without are left out. CheckpointError where the backbone takes no images of that size.
+    Parts that a checkpoint came without are left out. CheckpointError where the backbone takes no images of that size,
+    for a model that can't answer, and for weights that were never trained.
     """
-    stored = read_model(spec, image_size)
-    config, state = without_parts(stored.config, stored.floats(), absent_parts(stored.config, stored.missing))
+    stored = read_model(spec, image_size).whole()
+    check_values(stored)
     folder = stored.path if stored.path.is_dir() else stored.path.parent
     texts = {name: _read(folder / name) for name in KEPT if stored.path.is_dir() and (folder / name).is_file()}
-    return Source(replace(stored, config=config), state, texts)
+    return Source(stored, stored.floats(), texts)
 
 
 def build(source: Source) -> MplugModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from mplug_core.weights.quantised import check_quantisation, computes_int8, dequ
 from mplug_core.weights.released import read_released
 from mplug_core.weights.tensor_files import TensorFile
 
+FINETUNE = "mplug finetune --model makes a complete model of it"
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
 
@@ -150,7 +151,7 @@ class Stored:
     """What a model's folder or file holds: tensors by our names, perhaps not of every part (``missing``, by part).
 
     ``release`` gives the memory back that a tensor took which was read and will not be read again. ``account`` is of a
-    released checkpoint, with its layout and, where it is told, its task.
+    released checkpoint, with its layout and, where it is told, its task; ``gone`` are parts that were left out.
     """
 
     config: MplugConfig
@@ -162,6 +163,20 @@ class Stored:
     account: Conversion | None = None
     layout: str = "native"
     task: str | None = None
+    gone: frozenset[str] = frozenset()
+
+    def whole(self, allowed: Collection[str] = (), hint: str | None = FINETUNE) -> Stored:
+        """A model that can answer: without the parts that a released checkpoint came without, and what rests on them.
+
+        CheckpointError where only one of the two heads of retrieval is there, but for the ``allowed`` parts.
+        """
+        if self.account is None:
+            return self
+        faults = {part: fault for part, fault in head_faults(self.state).items() if part not in allowed}
+        raise_first(faults, str(self.path), hint)
+        gone = absent_parts(self.config, self.missing)
+        config, state = without_parts(self.config, self.state, gone)
+        return replace(self, config=config, state=state, gone=frozenset(gone))
 
     def floats(self) -> dict[str, torch.Tensor]:
         """The tensors with int8 weights, where there are any, as floats."""
@@ -242,11 +257,8 @@ def load_model(
     """
     stored = read_model(spec, image_size)
     folder, without = stored.path, tuple(without)
-    config, state = stored.config, stored.state
-    if stored.account is not None:
-        lone = {part: fault for part, fault in head_faults(state).items() if part not in without}
-        raise_first(lone, str(folder), "mplug finetune --model makes a complete model of it")
-        config, state = without_parts(config, state, absent_parts(config, stored.missing))
+    whole = stored.whole(without)
+    config, state = whole.config, whole.state
     skipped = tuple(f"{part}." for part in without)
     device = torch.device(device)
     if dtype is None:

@@ -19,6 +19,7 @@ from mplug_core.weights.export import DTYPES, build, export_int8, export_safeten
 from mplug_core.weights.faults import without_parts
 from mplug_core.weights.folder import EMBEDDED, load_model, read_model, save_model, write_folder
 from mplug_core.weights.quantised import Int8Linear, computes_int8, dequantise, quantise, quantise_rows
+from tests.released import released, write_alicemind
 from tests.small import CLASSIFIERS, CNN, small_model
 
 CPU = torch.device("cpu")
@@ -275,6 +276,25 @@ def test_a_model_without_a_masked_head_stays_one(folder: Path, tmp_path: Path) -
     export_int8(source, tmp_path / "q", "fp32", "")
     assert outputs(load_model(str(tmp_path / "q")).model).keys()
     assert build(source).masked_head is None
+
+
+def test_a_native_model_without_fusion_keeps_all_it_has(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=tokenizer.vocab_size, fusion="none", fusion_layers=0)
+    save_model(tmp_path / "m", model, tokenizer, dtype=torch.float32)
+    export_safetensors(read_source(str(tmp_path / "m")), tmp_path / "out", "fp32", "")
+    stored, original = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "m"))
+    assert stored.keys() == original.keys() and any(name.startswith("masked_head.") for name in stored)
+    assert load_model(str(tmp_path / "out")).config == model.config
+
+
+@pytest.mark.parametrize("fault", ["matching", "nan"])
+def test_what_can_not_be_loaded_or_converted_is_not_exported(tmp_path: Path, fault: str) -> None:
+    tensors = {name: value for name, value in released().items() if fault != "matching" or "itm_head" not in name}
+    if fault == "nan":
+        tensors["temp"] = torch.full_like(tensors["temp"], torch.nan)
+    file = write_alicemind(tmp_path / "mplug.pth", tensors)
+    with pytest.raises(CheckpointError, match="the matching head is not there|not finite"):
+        read_source(str(file))
 
 
 def test_the_embedded_model_with_its_batch_norms(tmp_path: Path) -> None:
