@@ -73,16 +73,18 @@ def convert_model(
 ) -> Account:
     """Write the model that ``source`` names as a native folder ``target``, whole or not at all.
 
-    ``image_size`` in pixels resizes the positions, ``dtype`` is what weights are stored as (None: as they are),
-    ``allow_missing`` names parts that the model may be without. MplugError where ``target`` exists (``force`` replaces
-    a model folder, nothing else); CheckpointError for a part that is missing, of a wrong shape or never trained.
+    ``image_size`` in pixels resizes the positions, ``dtype`` is what weights, also int8 ones, are stored as (None: as
+    they are), ``allow_missing`` names parts that the model may be without. MplugError where ``target`` exists
+    (``force`` replaces a model folder, nothing else); CheckpointError for a part that is missing, of a wrong shape or
+    never trained.
     """
     target = Path(target)
     check_destination(target, find_model(source), force)
     stored = read_model(source, image_size, allow_missing).whole(allow_missing, hint=None)
     check_values(stored)
     account = _account(stored, allow_missing)
-    write_folder(target, stored.config, stored.tokenizer, stored.state, dtype, written=stored.release)
+    state = stored.floats() if dtype else stored.state
+    write_folder(target, stored.config, stored.tokenizer, state, dtype, written=stored.release)
     account.bytes = (target / "model.safetensors").stat().st_size
     return account
 

@@ -16,12 +16,12 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.conversion import check_values
 from mplug_core.weights.destination import check_destination
-from mplug_core.weights.folder import Stored, read_model, write_folder
+from mplug_core.weights.folder import CARD, RECIPE, Stored, read_model, write_folder
 from mplug_core.weights.official import missing_by_part
-from mplug_core.weights.quantised import QUANTISATION, describe_quantisation, quantise
+from mplug_core.weights.quantised import quantise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KEPT = ("README.md", "recipe.yaml")
+KEPT = (CARD, RECIPE)
 """Texts that an exported folder takes over from the model that it was made of."""
 
 
@@ -75,7 +75,7 @@ def export_safetensors(source: Source, target: Path, dtype: str, card: str, forc
         for name, value in source.state.items():
             if value.is_floating_point() and float(value.abs().amax()) > largest:
                 raise CheckpointError(f"{name} holds numbers beyond the range of fp16", "--dtype bf16")
-    _save(source, target, source.state, chosen, card, {})
+    _save(source, target, source.state, chosen, card)
 
 
 def export_int8(source: Source, target: Path, dtype: str, card: str, force: bool = False) -> None:
@@ -83,19 +83,10 @@ def export_int8(source: Source, target: Path, dtype: str, card: str, force: bool
     check_destination(target, source.stored.path, force)
     with torch.device("meta"):
         model = MplugModel(source.config)
-    chosen = DTYPES[dtype]
-    state = quantise(model, source.state)
-    # scales stay in fp32: rounded, they would change all weights of their row in the same direction
-    stored = {
-        name: value.to(chosen) if value.is_floating_point() and name in source.state else value
-        for name, value in state.items()
-    }
-    _save(source, target, stored, None, card, {QUANTISATION: describe_quantisation(stored)})
+    _save(source, target, quantise(model, source.state), DTYPES[dtype], card)
 
 
-def _save(
-    source: Source, target: Path, state: dict[str, Tensor], dtype: torch.dtype | None, card: str, files: dict[str, str]
-) -> None:
+def _save(source: Source, target: Path, state: dict[str, Tensor], dtype: torch.dtype, card: str) -> None:
     with torch.device("meta"):
         model = MplugModel(source.config)
     missing = missing_by_part(source.config, source.state)
@@ -104,8 +95,7 @@ def _save(
         name = next(iter(missing.values()))[0] if missing else min(unknown)
         what = "lacks" if missing else "has an unknown tensor"
         raise CheckpointError(f"{source.stored.path} {what} {name}", "config.json and weights are of different models")
-    texts = {name: text for name, text in source.texts.items() if name != "README.md"}
-    write_folder(target, source.config, source.stored.tokenizer, state, dtype, card=card, files=texts | files)
+    write_folder(target, source.config, source.stored.tokenizer, state, dtype, {**source.texts, CARD: card})
 
 
 def _read(file: Path) -> str:

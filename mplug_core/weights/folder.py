@@ -29,10 +29,21 @@ from mplug_core.weights.durable import whole_folder
 from mplug_core.weights.faults import absent_parts, check_conversion, head_faults, raise_first, without_parts
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.official import Conversion, patches
-from mplug_core.weights.quantised import check_quantisation, computes_int8, dequantise, is_quantised, with_int8_layers
+from mplug_core.weights.quantised import (
+    QUANTISATION,
+    SCALE,
+    check_quantisation,
+    computes_int8,
+    dequantise,
+    describe_quantisation,
+    is_quantised,
+    quantised_names,
+    with_int8_layers,
+)
 from mplug_core.weights.released import read_released
 from mplug_core.weights.tensor_files import TensorFile
 
+CARD, RECIPE = "README.md", "recipe.yaml"
 FINETUNE = "mplug finetune --model makes a complete model of it"
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
@@ -60,7 +71,11 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype``."""
-    write_folder(folder, model.config, tokenizer, model.state_dict() if state is None else state, dtype, recipe, card)
+    texts = {} if card is None else {CARD: card}
+    if recipe is not None:
+        # what was set, also to a default: left out, the named size would take its place when read again
+        texts[RECIPE] = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    write_folder(folder, model.config, tokenizer, model.state_dict() if state is None else state, dtype, texts)
 
 
 def write_folder(
@@ -69,28 +84,22 @@ def write_folder(
     tokenizer: Tokenizer,
     state: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
-    recipe: Recipe | None = None,
-    card: str | None = None,
+    texts: Mapping[str, str] | None = None,
     written: Callable[[torch.Tensor], None] | None = None,
-    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all, one tensor after the other.
 
-    Floating-point tensors are stored as ``dtype`` (None: as they are). ``written`` gets each tensor of ``state`` that
-    is in the file; ``files`` are further texts by name. CheckpointError where the disk doesn't take it.
+    Floating-point tensors are stored as ``dtype`` (None: as they are), but for the scales of int8 rows. ``texts`` go
+    beside the weights by their names; ``written`` gets each tensor of ``state`` that is in the file. CheckpointError
+    where the disk doesn't take it.
     """
     try:
         with whole_folder(Path(folder)) as beside:
             _write_weights(beside / "model.safetensors", state, dtype, written)
             config.save(beside / "config.json")
             tokenizer.save(beside / "vocab.txt")
-            if recipe is not None:
-                # what was set, also to a default: left out, the named size would take its place when read again
-                text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
-                (beside / "recipe.yaml").write_text(text, encoding="utf-8")
-            if card is not None:
-                (beside / "README.md").write_text(card, encoding="utf-8")
-            for name, text in (files or {}).items():
+            quantised = {QUANTISATION: describe_quantisation(state)} if is_quantised(state) else {}
+            for name, text in {**(texts or {}), **quantised}.items():
                 (beside / name).write_text(text, encoding="utf-8")
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
@@ -104,6 +113,8 @@ def _write_weights(
     written: Callable[[torch.Tensor], None] | None,
 ) -> None:
     types = {n: dtype if dtype and value.is_floating_point() else value.dtype for n, value in state.items()}
+    # rounded, scales would change all weights of their row in the same direction
+    types |= {name + SCALE: state[name + SCALE].dtype for name in quantised_names(state)}
     out = TensorFile(file, {name: (types[name], tuple(value.shape)) for name, value in state.items()})
     try:
         for name in out.order:

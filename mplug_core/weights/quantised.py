@@ -44,9 +44,14 @@ def quantise(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return quantised
 
 
+def quantised_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors of a state that are int8 rows; their scales are beside them."""
+    return sorted(name for name, value in state.items() if value.dtype == torch.int8 and name + SCALE in state)
+
+
 def is_quantised(state: Mapping[str, Tensor]) -> bool:
     """Whether a state holds int8 rows."""
-    return any(value.dtype == torch.int8 and name + SCALE in state for name, value in state.items())
+    return bool(quantised_names(state))
 
 
 def dequantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,8 +117,7 @@ def with_int8_layers(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 
 def describe_quantisation(state: Mapping[str, Tensor]) -> str:
     """``quantization.json`` of a quantised state."""
-    names = sorted(name for name in state if name + SCALE in state)
-    return json.dumps({**METHOD, "tensors": names}, indent=1) + "\n"
+    return json.dumps({**METHOD, "tensors": quantised_names(state)}, indent=1) + "\n"
 
 
 def check_quantisation(folder: Path) -> None:

@@ -15,6 +15,7 @@ from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.model.mplug import MplugModel
 from mplug_core.training.start import fill_from
 from mplug_core.weights import quantised
+from mplug_core.weights.conversion import convert_model
 from mplug_core.weights.export import DTYPES, build, export_int8, export_safetensors, read_source
 from mplug_core.weights.faults import without_parts
 from mplug_core.weights.folder import EMBEDDED, load_model, read_model, save_model, write_folder
@@ -295,6 +296,27 @@ def test_what_can_not_be_loaded_or_converted_is_not_exported(tmp_path: Path, fau
     file = write_alicemind(tmp_path / "mplug.pth", tensors)
     with pytest.raises(CheckpointError, match="the matching head is not there|not finite"):
         read_source(str(file))
+
+
+@needs_int8
+def test_int8_is_the_same_wherever_it_is_stored_again(int8: Path, tmp_path: Path) -> None:
+    original = load_file(int8 / "model.safetensors")
+    loaded = load_model(str(int8))
+    save_model(tmp_path / "saved", loaded.model, loaded.tokenizer, dtype=torch.bfloat16)
+    convert_model(str(int8), tmp_path / "as it is")
+    for place in (tmp_path / "saved", tmp_path / "as it is"):
+        stored = load_file(place / "model.safetensors")
+        rows = [name for name, value in stored.items() if value.dtype == torch.int8]
+        assert rows and json.loads((place / "quantization.json").read_text())["tensors"] == sorted(rows)
+        assert all(torch.equal(stored[f"{name}_scale"], original[f"{name}_scale"]) for name in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_converted_to_floats(int8: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    convert_model(str(int8), tmp_path / "m", dtype=dtype)
+    stored, floats = load_file(tmp_path / "m" / "model.safetensors"), dequantise(load_file(int8 / "model.safetensors"))
+    assert stored.keys() == floats.keys() and not (tmp_path / "m" / "quantization.json").exists()
+    assert all(torch.equal(stored[name], value.to(dtype)) for name, value in floats.items())
 
 
 def test_the_embedded_model_with_its_batch_norms(tmp_path: Path) -> None:
