@@ -43,6 +43,7 @@ from mplug_core.tasks.answering import AnswerBatch, Asked, Request, answer_reque
 from mplug_core.tasks.task import need
 from mplug_core.weights.destination import check_destination
 from mplug_core.weights.folder import Loaded, load_model, save_model
+from mplug_core.weights.quantised import computes_int8, to_float_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -218,6 +219,7 @@ class Mplug(Loaded):
         """Move the network to a device, and have it compute in ``dtype``; returns this object.
 
         The type stays as it is where none is named: a model that was loaded on the CPU computes in float32 on a GPU.
+        Int8 weights become floats where that device and type can't compute with them.
 
         >>> model = model.to("cuda", "bfloat16")
         """
@@ -229,6 +231,8 @@ class Mplug(Loaded):
                 return tensor
             return tensor.to(where, kind) if tensor.is_floating_point() else tensor.to(where)
 
+        if not computes_int8(where, kind):
+            to_float_layers(self.model)
         self.model._apply(moved)  # Module.to refuses parts on the meta device
         return self
 
@@ -654,7 +658,8 @@ class Mplug(Loaded):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __repr__(self) -> str:
-        millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        int8 = [buffer for buffer in self.model.buffers() if buffer.dtype == torch.int8]
+        millions = sum(values.numel() for values in [*self.model.parameters(), *int8]) / 1e6
         return f"Mplug({self.name!r}, {millions:.1f} million parameters, {self.device}, {self.dtype})"
 
 

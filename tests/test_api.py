@@ -25,7 +25,9 @@ from mplug_core.generation import Decoding
 from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.vqa import VqaTask
+from mplug_core.weights.export import export_int8, read_source
 from mplug_core.weights.folder import save_model
+from mplug_core.weights.quantised import Int8Linear
 from tests.small import CLASSIFIERS, CNN, VIT, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -513,6 +515,17 @@ def test_types_and_devices(folder, photos):
     assert half.to(dtype=torch.float32) is half and half.dtype == torch.float32 and half.device.type == "cpu"
     assert isinstance(half.model, MplugModel) and not half.eval().model.training
     assert "million parameters" in repr(half) and half in {half} and half != mplug_core.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_int8_is_floats_where_nothing_computes_with_it(model, photos, tmp_path, dtype):
+    export_int8(read_source(str(model.folder)), tmp_path / "q", "fp32", "")
+    small = mplug_core.load(tmp_path / "q", device="cpu")
+    before = small.encode_image(photos[0])
+    assert repr(small).split(", ")[1:] == repr(model).split(", ")[1:], "as many parameters"
+    assert small.to(dtype=dtype).dtype == dtype and small.caption(photos[0]).text
+    assert not any(isinstance(layer, Int8Linear) for layer in small.model.modules())
+    assert torch.allclose(small.encode_image(photos[0]), before, atol=0.05)
 
 
 def test_offline_is_for_one_call(folder, monkeypatch):

@@ -97,6 +97,19 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def to_float_layers(model: nn.Module) -> None:
+    """Replace the int8 layers of ``model`` by linear ones with their weights as floats."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Int8Linear):
+            continue
+        owner, _, last = name.rpartition(".")
+        with torch.device("meta"):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        floats = dequantise(dict(layer.state_dict()))
+        linear.load_state_dict(floats, assign=True)
+        setattr(model.get_submodule(owner), last, linear.train(layer.training).requires_grad_(False))
+
+
 def with_int8_layers(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give ``model`` int8 layers where ``state`` has int8 weights of linear ones; returns the state that it takes.
 
