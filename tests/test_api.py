@@ -348,6 +348,8 @@ def test_nothing_gives_nothing(model, photos):
         (lambda m, p: m.reason(p[0], p[1], hypothesis="a"), "one image"),
         (lambda m, p: mplug_core.load(m.folder, dtype="float3"), "no dtype 'float3'"),
         (lambda m, p: mplug_core.load(m.folder, device="gpu"), "no device 'gpu'"),
+        (lambda m, p: Mplug.from_pretrained(m.folder, without=["decodr"]), "no part 'decodr'"),
+        (lambda m, p: Mplug.from_pretrained(m.folder, without="text"), "give a list"),
         (lambda m, p: Mplug.from_pretrained(m.folder, revision="main"), "a revision is one of a repository"),
     ],
 )
@@ -462,6 +464,22 @@ def test_a_model_without_parts(folder, photos, tmp_path, model):
     assert lean.caption(photos[0]).text == model.caption(photos[0]).text
     with pytest.raises(CheckpointError, match="no weights of text"):
         lean.save_pretrained(tmp_path / "n")
+
+
+@pytest.mark.parametrize(
+    ("part", "call"),
+    [
+        ("text", lambda m, p: m.encode_text("a dog")),
+        ("text", lambda m, p: m.answer(p, "what?")),
+        ("fusion", lambda m, p: m.rank(p, TEXTS, rerank="itm")),
+        ("decoder", lambda m, p: m.caption(p)),
+        ("decoder", lambda m, p: m.answer(p, "what?", choices=["a dog"])),
+        ("decoder", lambda m, p: m.ground(p, "a dog")),
+    ],
+)
+def test_a_part_that_was_left_out_is_named(folder, photos, part, call):
+    with pytest.raises(CheckpointError, match=f"loaded without its {part}"):
+        call(Mplug.from_pretrained(folder, device="cpu", without=[part]), photos[0])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mplug_core.data.text import Tokenizer
-from mplug_core.errors import CheckpointError
+from mplug_core.errors import CheckpointError, UsageError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import VisualEncoder, resize_positions
@@ -44,6 +45,8 @@ from mplug_core.weights.released import read_released
 from mplug_core.weights.tensor_files import TensorFile
 
 CARD, RECIPE = "README.md", "recipe.yaml"
+LEAVABLE = ("text", "fusion", "decoder")
+"""Parts of a model that some task does without."""
 FINETUNE = "mplug finetune --model makes a complete model of it"
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
@@ -262,13 +265,14 @@ def load_model(
     """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
 
     Parameters are mapped from the file, not built and overwritten; those of another type are converted one after the
-    other. ``without`` names parts that the task at hand does not use (for captions ``text`` and ``fusion``): they stay
-    on the meta device. ``image_size`` in pixels: see :func:`read_model`. CheckpointError for a folder that is not a
-    model or whose tensors don't fit its configuration.
+    other. ``without`` names parts (of :data:`LEAVABLE`) that the task at hand does not use (for captions ``text`` and
+    ``fusion``): they stay on the meta device, and a call of one is a CheckpointError. ``image_size`` in pixels: see
+    :func:`read_model`. CheckpointError for a folder that is not a model or whose tensors don't fit its configuration.
     """
+    without = _checked(without)
     stored = read_model(spec, image_size)
-    folder, without = stored.path, tuple(without)
-    whole = stored.whole(without)
+    folder = stored.path
+    whole = stored.whole()
     config, state = whole.config, whole.state
     skipped = tuple(f"{part}." for part in without)
     device = torch.device(device)
@@ -297,7 +301,25 @@ def load_model(
         gaps = f"lacks {missing[0]}" if missing else f"has an unknown tensor {fit.unexpected_keys[0]}"
         raise CheckpointError(f"{folder}/model.safetensors {gaps}", "config.json and weights are of different models")
     fill_buffers(model, skipped)
+    for part in without:
+        if (left := getattr(model, part)) is not None:
+            left.register_forward_pre_hook(partial(_refuse, part))
     return Loaded(model.eval().requires_grad_(False), stored.tokenizer, stored.name, folder)
+
+
+def _checked(without: Iterable[str]) -> tuple[str, ...]:
+    """Parts to leave out; UsageError for what is none of :data:`LEAVABLE`."""
+    if isinstance(without, str):
+        raise UsageError(f"several parts may be left out, not {without!r}", f"give a list, such as [{without!r}]")
+    without = tuple(without)
+    for part in without:
+        if part not in LEAVABLE:
+            raise UsageError(f"no part {part!r} that can be left out", f"of {', '.join(LEAVABLE)}")
+    return without
+
+
+def _refuse(part: str, module: torch.nn.Module, arguments: object) -> None:
+    raise CheckpointError(f"the model was loaded without its {part}", "load the whole model")
 
 
 def fill_buffers(model: MplugModel, skipped: tuple[str, ...] = ()) -> None:
