@@ -52,6 +52,10 @@ __all__ = ["Answer", "Box", "ImageSource", "Images", "Judgement", "Mplug", "Pict
 
 R = TypeVar("R")
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SEEDS = (-(2**63), 2**64 - 1)
+"""What PyTorch takes for a seed, the least and the largest."""
+
 OFFLINE_VARIABLE = "MPLUG_OFFLINE"
 
 Images: TypeAlias = Iterable[ImageSource]
@@ -162,6 +166,8 @@ class Mplug(Loaded):
             if not name or not name.lower().startswith(("hf:", "ms:")) or "@" in name:
                 raise UsageError(f"a revision is one of a repository, not of {name}", "hf:org/name or ms:org/name")
             name = f"{name}@{revision}"
+        if image_size is not None:
+            _whole_number("image_size", image_size, 1)
         where = choose_device(None if device is None else str(device))
         with _offline(local_files_only):
             loaded = load_model(name, where, _dtype(dtype), without, image_size)
@@ -515,6 +521,8 @@ class Mplug(Loaded):
         chosen = self.decoding("vqa", vqa.VqaTask.decoding).asked(n, **decoding)
         if choices is not None and any(value is not None for value in decoding.values()):
             raise UsageError("choices are ranked, and decoding options are for writing", "leave one of them out")
+        if choices is not None:
+            choices = _choices(choices)
         generator = self._generator(seed, chosen.strategy)
 
         def answer(images: ImageEncoding, asked: list[Asked]) -> list[Answer]:
@@ -533,7 +541,7 @@ class Mplug(Loaded):
 
         need(self.model.decoder is not None, "decoder")
         need(self.tokenizer.bins, "box tokens")
-        settings = {} if draws is None else {"draws": draws}
+        settings = {} if draws is None else {"draws": _whole_number("draws", draws, 0)}
 
         def ground(images: ImageEncoding, asked: list[Asked]) -> list[Box]:
             rows, texts = [one.rows[0] for one in asked], [one.question.text for one in asked]
@@ -613,7 +621,7 @@ class Mplug(Loaded):
             return None
         if strategy != "sample":
             raise UsageError("seed is for drawing", "add strategy='sample'")
-        return torch.Generator(self.device).manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(_whole_number("seed", seed, *SEEDS))
 
     def _ask(
         self,
@@ -680,12 +688,29 @@ def load(
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if dtype is None:
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if found not in FLOATS:
         raise UsageError(f"no dtype {dtype!r}", "float32, bfloat16 or float16")
     return found
+
+
+def _whole_number(name: str, value: int, least: int, most: int | None = None) -> int:
+    """``value``; UsageError unless it is an int in this range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is an int, not a {type(value).__name__}", f"give one of {least} or more")
+    if value < least or (most is not None and value > most):
+        raise UsageError(f"{name}={value} is out of range", f"from {least}" + ("" if most is None else f" to {most}"))
+    return value
+
+
+def _choices(choices: Sequence[str]) -> list[str]:
+    """Answers to choose among, as a list; UsageError for what is no list of texts."""
+    listed = [] if isinstance(choices, str) else list(choices)
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in listed):
+        raise UsageError("choices are several texts", "give a list of them")
+    return listed
 
 
 @contextmanager
