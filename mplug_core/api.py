@@ -42,7 +42,7 @@ from mplug_core.recipe import CLASSES
 from mplug_core.tasks.answering import AnswerBatch, Asked, Request, answer_requests
 from mplug_core.tasks.task import need
 from mplug_core.weights.destination import check_destination
-from mplug_core.weights.folder import Loaded, load_model, save_model
+from mplug_core.weights.folder import Loaded, load_model, texts_beside, write_folder
 from mplug_core.weights.quantised import computes_int8, to_float_layers
 
 if TYPE_CHECKING:
@@ -177,9 +177,9 @@ class Mplug(Loaded):
         """Write a model folder that :func:`load` and ``--model`` read, whole or not at all; returns it.
 
         Weights are stored as ``dtype`` (default: as they are, so that the folder gives the very same answers;
-        ``"bfloat16"`` halves a float32 model). The model card goes along. A model folder that is there is replaced;
-        MplugError for any other that is not empty, for a model that was loaded without some part, or where the folder
-        can't be written.
+        ``"bfloat16"`` halves a float32 model). The model card and the recipe go along. A model folder that is there is
+        replaced; MplugError for any other that is not empty, for a model that was loaded without some part, or where
+        the folder can't be written.
 
         >>> model.save_pretrained("my-model", dtype="bfloat16")
         PosixPath('my-model')
@@ -188,11 +188,8 @@ class Mplug(Loaded):
         hollow = [name for name, value in self.model.state_dict().items() if value.is_meta]
         if hollow:
             raise CheckpointError(f"{self.name} has no weights of {hollow[0].split('.')[0]}", "load the whole model")
-        card = self.folder / "README.md"
-        save_model(
-            folder, self.model, self.tokenizer, card=card.read_text(encoding="utf-8") if card.is_file() else None,
-            dtype=_dtype(dtype) or self.dtype,
-        )  # fmt: skip
+        texts, kind = texts_beside(self.folder), _dtype(dtype) or self.dtype
+        write_folder(folder, self.config, self.tokenizer, self.model.state_dict(), kind, texts)
         return Path(folder)
 
     def push_to_hub(

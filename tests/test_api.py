@@ -445,13 +445,15 @@ def test_a_saved_model_gives_equal_answers(model, photos, tmp_path):
     assert torch.allclose(mplug_core.load(half).encode_image(photos), model.encode_image(photos), atol=0.05)
 
 
-def test_the_card_goes_along(folder, tmp_path):
+def test_the_card_and_the_recipe_go_along(folder, tmp_path):
     (tmp_path / "m").mkdir()
     for file in folder.iterdir():
         (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "m" / "README.md").write_text("licence: mine")
+    (tmp_path / "m" / "recipe.yaml").write_text("name: mine # kept")
     saved = mplug_core.load(tmp_path / "m").save_pretrained(tmp_path / "n")
     assert (saved / "README.md").read_text() == "licence: mine"
+    assert (saved / "recipe.yaml").read_text() == "name: mine # kept"
 
 
 def test_only_a_model_is_replaced_by_a_saved_one(folder, tmp_path):

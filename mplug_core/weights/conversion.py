@@ -13,7 +13,7 @@ from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.weights.destination import check_destination
 from mplug_core.weights.faults import broken_values, shown
-from mplug_core.weights.folder import Stored, find_model, read_model, write_folder
+from mplug_core.weights.folder import Stored, find_model, read_model, texts_beside, write_folder
 from mplug_core.weights.official import PARTS, Entry, expected_shapes, part_of
 
 
@@ -74,7 +74,8 @@ def convert_model(
     """Write the model that ``source`` names as a native folder ``target``, whole or not at all.
 
     ``image_size`` in pixels resizes the positions, ``dtype`` is what weights, also int8 ones, are stored as (None: as
-    they are), ``allow_missing`` names parts that the model may be without. MplugError where ``target`` exists
+    they are), ``allow_missing`` names parts that the model may be without. The model card and the recipe of a native
+    folder go along. MplugError where ``target`` exists
     (``force`` replaces a model folder, nothing else); CheckpointError for a part that is missing, of a wrong shape or
     never trained.
     """
@@ -84,7 +85,8 @@ def convert_model(
     check_values(stored)
     account = _account(stored, allow_missing)
     state = stored.floats() if dtype else stored.state
-    write_folder(target, stored.config, stored.tokenizer, state, dtype, written=stored.release)
+    texts = texts_beside(stored.path) if stored.account is None else {}
+    write_folder(target, stored.config, stored.tokenizer, state, dtype, texts, stored.release)
     account.bytes = (target / "model.safetensors").stat().st_size
     return account
 

@@ -16,13 +16,11 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.conversion import check_values
 from mplug_core.weights.destination import check_destination
-from mplug_core.weights.folder import CARD, RECIPE, Stored, read_model, write_folder
+from mplug_core.weights.folder import CARD, Stored, read_model, texts_beside, write_folder
 from mplug_core.weights.official import missing_by_part
 from mplug_core.weights.quantised import quantise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KEPT = (CARD, RECIPE)
-"""Texts that an exported folder takes over from the model that it was made of."""
 
 
 @dataclass
@@ -46,9 +44,7 @@ def read_source(spec: str | None, image_size: int | None = None) -> Source:
     """
     stored = read_model(spec, image_size).whole()
     check_values(stored)
-    folder = stored.path if stored.path.is_dir() else stored.path.parent
-    texts = {name: _read(folder / name) for name in KEPT if stored.path.is_dir() and (folder / name).is_file()}
-    return Source(stored, stored.floats(), texts)
+    return Source(stored, stored.floats(), texts_beside(stored.path))
 
 
 def build(source: Source) -> MplugModel:
@@ -96,10 +92,3 @@ def _save(source: Source, target: Path, state: dict[str, Tensor], dtype: torch.d
         what = "lacks" if missing else "has an unknown tensor"
         raise CheckpointError(f"{source.stored.path} {what} {name}", "config.json and weights are of different models")
     write_folder(target, source.config, source.stored.tokenizer, state, dtype, {**source.texts, CARD: card})
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error

@@ -45,6 +45,7 @@ from mplug_core.weights.released import read_released
 from mplug_core.weights.tensor_files import TensorFile
 
 CARD, RECIPE = "README.md", "recipe.yaml"
+"""Texts beside the weights, which a folder takes over from the model that it was made of."""
 LEAVABLE = ("text", "fusion", "decoder")
 """Parts of a model that some task does without."""
 FINETUNE = "mplug finetune --model makes a complete model of it"
@@ -107,6 +108,21 @@ def write_folder(
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write {folder}: {reason}", "check the disk and its space") from error
+
+
+def texts_beside(place: Path) -> dict[str, str]:
+    """The model card and the recipe of a model's folder, as far as there are any; CheckpointError for what is no text.
+
+    A file has none: what is beside it may be of anything.
+    """
+    texts = {}
+    for file in [place / name for name in (CARD, RECIPE) if place.is_dir() and (place / name).is_file()]:
+        try:
+            texts[file.name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise CheckpointError(f"cannot read {file}: {reason}") from error
+    return texts
 
 
 def _write_weights(

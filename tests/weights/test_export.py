@@ -18,7 +18,7 @@ from mplug_core.weights import quantised
 from mplug_core.weights.conversion import convert_model
 from mplug_core.weights.export import DTYPES, build, export_int8, export_safetensors, read_source
 from mplug_core.weights.faults import without_parts
-from mplug_core.weights.folder import EMBEDDED, load_model, read_model, save_model, write_folder
+from mplug_core.weights.folder import CARD, EMBEDDED, RECIPE, load_model, read_model, save_model, write_folder
 from mplug_core.weights.quantised import Int8Linear, computes_int8, dequantise, quantise, quantise_rows
 from tests.released import released, write_alicemind
 from tests.small import CLASSIFIERS, CNN, small_model
@@ -296,6 +296,14 @@ def test_what_can_not_be_loaded_or_converted_is_not_exported(tmp_path: Path, fau
     file = write_alicemind(tmp_path / "mplug.pth", tensors)
     with pytest.raises(CheckpointError, match="the matching head is not there|not finite"):
         read_source(str(file))
+
+
+def test_a_converted_native_folder_keeps_its_texts(folder: Path, tmp_path: Path) -> None:
+    convert_model(str(folder), tmp_path / "m", dtype=torch.bfloat16)
+    assert all((tmp_path / "m" / name).read_text() == (folder / name).read_text() for name in (CARD, RECIPE))
+    (tmp_path / "m" / RECIPE).write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml: not UTF-8 text"):
+        convert_model(str(tmp_path / "m"), tmp_path / "n")
 
 
 @needs_int8
