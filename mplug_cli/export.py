@@ -44,7 +44,8 @@ def export(
     _check(form, dtype, opset)
 
     from mplug_core.weights.card import model_card
-    from mplug_core.weights.export import check_target, export_int8, export_safetensors, read_source
+    from mplug_core.weights.destination import check_destination
+    from mplug_core.weights.export import export_int8, export_safetensors, read_source
     from mplug_core.weights.folder import find_model
 
     if form == "onnx":
@@ -53,7 +54,7 @@ def export(
         require_packages()
     with show.downloads(quiet):
         place = find_model(spec)
-    check_target(target, place, force)  # before anything is read
+    check_destination(target, place, force)  # before anything is read
     source = read_source(spec, image_size)
     text = source.texts.get("README.md") or model_card(source.stored.name, source.config)
     if form == "safetensors":

@@ -41,7 +41,9 @@ from mplug_core.model.mplug import ImageEncoding
 from mplug_core.recipe import CLASSES
 from mplug_core.tasks.answering import AnswerBatch, Asked, Request, answer_requests
 from mplug_core.tasks.task import need
-from mplug_core.weights.folder import Loaded, load_model, save_model
+from mplug_core.weights.destination import check_destination
+from mplug_core.weights.folder import Loaded, load_model, texts_beside, write_folder
+from mplug_core.weights.quantised import computes_int8, to_float_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Box", "ImageSource", "Images", "Judgement", "Mplug", "Picture", "RankedText", "load"]
 
 R = TypeVar("R")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SEEDS = (-(2**63), 2**64 - 1)
+"""What PyTorch takes for a seed, the least and the largest."""
 
 OFFLINE_VARIABLE = "MPLUG_OFFLINE"
 
@@ -160,6 +166,8 @@ class Mplug(Loaded):
             if not name or not name.lower().startswith(("hf:", "ms:")) or "@" in name:
                 raise UsageError(f"a revision is one of a repository, not of {name}", "hf:org/name or ms:org/name")
             name = f"{name}@{revision}"
+        if image_size is not None:
+            _whole_number("image_size", image_size, 1)
         where = choose_device(None if device is None else str(device))
         with _offline(local_files_only):
             loaded = load_model(name, where, _dtype(dtype), without, image_size)
@@ -169,20 +177,19 @@ class Mplug(Loaded):
         """Write a model folder that :func:`load` and ``--model`` read, whole or not at all; returns it.
 
         Weights are stored as ``dtype`` (default: as they are, so that the folder gives the very same answers;
-        ``"bfloat16"`` halves a float32 model). The model card goes along. CheckpointError for a model that was loaded
-        without some part, or where the folder can't be written.
+        ``"bfloat16"`` halves a float32 model). The model card and the recipe go along. A model folder that is there is
+        replaced; MplugError for any other that is not empty, for a model that was loaded without some part, or where
+        the folder can't be written.
 
         >>> model.save_pretrained("my-model", dtype="bfloat16")
         PosixPath('my-model')
         """
+        check_destination(folder, force=True)
         hollow = [name for name, value in self.model.state_dict().items() if value.is_meta]
         if hollow:
             raise CheckpointError(f"{self.name} has no weights of {hollow[0].split('.')[0]}", "load the whole model")
-        card = self.folder / "README.md"
-        save_model(
-            folder, self.model, self.tokenizer, card=card.read_text(encoding="utf-8") if card.is_file() else None,
-            dtype=_dtype(dtype) or self.dtype,
-        )  # fmt: skip
+        texts, kind = texts_beside(self.folder), _dtype(dtype) or self.dtype
+        write_folder(folder, self.config, self.tokenizer, self.model.state_dict(), kind, texts)
         return Path(folder)
 
     def push_to_hub(
@@ -215,6 +222,7 @@ class Mplug(Loaded):
         """Move the network to a device, and have it compute in ``dtype``; returns this object.
 
         The type stays as it is where none is named: a model that was loaded on the CPU computes in float32 on a GPU.
+        Int8 weights become floats where that device and type can't compute with them.
 
         >>> model = model.to("cuda", "bfloat16")
         """
@@ -226,6 +234,8 @@ class Mplug(Loaded):
                 return tensor
             return tensor.to(where, kind) if tensor.is_floating_point() else tensor.to(where)
 
+        if not computes_int8(where, kind):
+            to_float_layers(self.model)
         self.model._apply(moved)  # Module.to refuses parts on the meta device
         return self
 
@@ -508,6 +518,8 @@ class Mplug(Loaded):
         chosen = self.decoding("vqa", vqa.VqaTask.decoding).asked(n, **decoding)
         if choices is not None and any(value is not None for value in decoding.values()):
             raise UsageError("choices are ranked, and decoding options are for writing", "leave one of them out")
+        if choices is not None:
+            choices = _choices(choices)
         generator = self._generator(seed, chosen.strategy)
 
         def answer(images: ImageEncoding, asked: list[Asked]) -> list[Answer]:
@@ -526,7 +538,7 @@ class Mplug(Loaded):
 
         need(self.model.decoder is not None, "decoder")
         need(self.tokenizer.bins, "box tokens")
-        settings = {} if draws is None else {"draws": draws}
+        settings = {} if draws is None else {"draws": _whole_number("draws", draws, 0)}
 
         def ground(images: ImageEncoding, asked: list[Asked]) -> list[Box]:
             rows, texts = [one.rows[0] for one in asked], [one.question.text for one in asked]
@@ -606,7 +618,7 @@ class Mplug(Loaded):
             return None
         if strategy != "sample":
             raise UsageError("seed is for drawing", "add strategy='sample'")
-        return torch.Generator(self.device).manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(_whole_number("seed", seed, *SEEDS))
 
     def _ask(
         self,
@@ -651,7 +663,8 @@ class Mplug(Loaded):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __repr__(self) -> str:
-        millions = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        int8 = [buffer for buffer in self.model.buffers() if buffer.dtype == torch.int8]
+        millions = sum(values.numel() for values in [*self.model.parameters(), *int8]) / 1e6
         return f"Mplug({self.name!r}, {millions:.1f} million parameters, {self.device}, {self.dtype})"
 
 
@@ -672,12 +685,29 @@ def load(
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if dtype is None:
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if found not in FLOATS:
         raise UsageError(f"no dtype {dtype!r}", "float32, bfloat16 or float16")
     return found
+
+
+def _whole_number(name: str, value: int, least: int, most: int | None = None) -> int:
+    """``value``; UsageError unless it is an int in this range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is an int, not a {type(value).__name__}", f"give one of {least} or more")
+    if value < least or (most is not None and value > most):
+        raise UsageError(f"{name}={value} is out of range", f"from {least}" + ("" if most is None else f" to {most}"))
+    return value
+
+
+def _choices(choices: Sequence[str]) -> list[str]:
+    """Answers to choose among, as a list; UsageError for what is no list of texts."""
+    listed = [] if isinstance(choices, str) else list(choices)
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in listed):
+        raise UsageError("choices are several texts", "give a list of them")
+    return listed
 
 
 @contextmanager

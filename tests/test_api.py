@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,7 +25,9 @@ from mplug_core.generation import Decoding
 from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.vqa import VqaTask
+from mplug_core.weights.export import export_int8, read_source
 from mplug_core.weights.folder import save_model
+from mplug_core.weights.quantised import Int8Linear
 from tests.small import CLASSIFIERS, CNN, VIT, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -229,6 +232,7 @@ def test_a_turned_transparent_palette_picture_is_what_its_file_is(model, tmp_pat
         (torch.zeros(3, 8, 8), "not_an_image", r"\[3, 8, 8\].*normalised pixels \[3, 32, 32\]"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), "not_an_image", "tensor uint8"),
         (Image.new("RGB", (0, 3)), "broken", "no pixels"),
+        (torch.full((3, 32, 32), torch.nan), "broken", "pixels that are not finite"),
         (3, "not_an_image", "a int"),
         (None, "not_an_image", "NoneType"),
     ],
@@ -336,6 +340,12 @@ def test_nothing_gives_nothing(model, photos):
         (lambda m, p: m.caption(p[0], top_p=0.5), "strategy='sample'"),
         (lambda m, p: m.caption(p[0], seed=1), "strategy='sample'"),
         (lambda m, p: m.caption(p[0], strategy="sample", beams=3), "draws"),
+        (lambda m, p: m.caption(p[0], strategy="sample", seed="one"), "seed is an int, not a str"),
+        (lambda m, p: m.caption(p[0], strategy="sample", seed=2**64), "out of range"),
+        (lambda m, p: m.ground(p[0], "a dog", draws=-1), "draws=-1"),
+        (lambda m, p: m.ground(p[0], "a dog", draws=1.5), "draws is an int"),
+        (lambda m, p: m.answer(p[0], "what?", choices="yes"), "several texts"),
+        (lambda m, p: m.answer(p[0], "what?", choices=["yes", 1]), "several texts"),
         (lambda m, p: m.caption(p[0], min_tokens=9, max_tokens=8), "min_tokens=9"),
         (lambda m, p: m.caption(p[0], batch_size=0), "batch_size=0"),
         (lambda m, p: m.rank(p[0], "a text"), "several texts"),
@@ -344,7 +354,13 @@ def test_nothing_gives_nothing(model, photos):
         (lambda m, p: m.reason(p[0], statement="a", hypothesis="a"), "either a statement or a hypothesis"),
         (lambda m, p: m.reason(p[0], p[1], hypothesis="a"), "one image"),
         (lambda m, p: mplug_core.load(m.folder, dtype="float3"), "no dtype 'float3'"),
+        (lambda m, p: mplug_core.load(m.folder, dtype=torch.int8), "no dtype torch.int8"),
+        (lambda m, p: m.to(dtype=torch.int64), "no dtype torch.int64"),
+        (lambda m, p: mplug_core.load(m.folder, image_size="big"), "image_size is an int"),
+        (lambda m, p: mplug_core.load(m.folder, image_size=0), "image_size=0"),
         (lambda m, p: mplug_core.load(m.folder, device="gpu"), "no device 'gpu'"),
+        (lambda m, p: Mplug.from_pretrained(m.folder, without=["decodr"]), "no part 'decodr'"),
+        (lambda m, p: Mplug.from_pretrained(m.folder, without="text"), "give a list"),
         (lambda m, p: Mplug.from_pretrained(m.folder, revision="main"), "a revision is one of a repository"),
     ],
 )
@@ -429,13 +445,29 @@ def test_a_saved_model_gives_equal_answers(model, photos, tmp_path):
     assert torch.allclose(mplug_core.load(half).encode_image(photos), model.encode_image(photos), atol=0.05)
 
 
-def test_the_card_goes_along(folder, tmp_path):
+def test_the_card_and_the_recipe_go_along(folder, tmp_path):
     (tmp_path / "m").mkdir()
     for file in folder.iterdir():
         (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "m" / "README.md").write_text("licence: mine")
+    (tmp_path / "m" / "recipe.yaml").write_text("name: mine # kept")
     saved = mplug_core.load(tmp_path / "m").save_pretrained(tmp_path / "n")
     assert (saved / "README.md").read_text() == "licence: mine"
+    assert (saved / "recipe.yaml").read_text() == "name: mine # kept"
+
+
+def test_only_a_model_is_replaced_by_a_saved_one(folder, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(folder, project)
+    (project / "thesis.txt").write_text("x")
+    model = mplug_core.load(project, device="cpu")
+    for place in (project, project / "thesis.txt", tmp_path):
+        with pytest.raises(MplugError, match="is a file|is no model folder"):
+            model.save_pretrained(place)
+    assert (project / "thesis.txt").read_text() == "x"
+    (project / "thesis.txt").unlink()
+    assert model.save_pretrained(project) == project
+    assert torch.equal(mplug_core.load(project).encode_text("a dog"), model.encode_text("a dog"))
 
 
 def test_a_model_without_parts(folder, photos, tmp_path, model):
@@ -445,6 +477,22 @@ def test_a_model_without_parts(folder, photos, tmp_path, model):
     assert lean.caption(photos[0]).text == model.caption(photos[0]).text
     with pytest.raises(CheckpointError, match="no weights of text"):
         lean.save_pretrained(tmp_path / "n")
+
+
+@pytest.mark.parametrize(
+    ("part", "call"),
+    [
+        ("text", lambda m, p: m.encode_text("a dog")),
+        ("text", lambda m, p: m.answer(p, "what?")),
+        ("fusion", lambda m, p: m.rank(p, TEXTS, rerank="itm")),
+        ("decoder", lambda m, p: m.caption(p)),
+        ("decoder", lambda m, p: m.answer(p, "what?", choices=["a dog"])),
+        ("decoder", lambda m, p: m.ground(p, "a dog")),
+    ],
+)
+def test_a_part_that_was_left_out_is_named(folder, photos, part, call):
+    with pytest.raises(CheckpointError, match=f"loaded without its {part}"):
+        call(Mplug.from_pretrained(folder, device="cpu", without=[part]), photos[0])
 
 
 @pytest.mark.parametrize(
@@ -498,6 +546,17 @@ def test_types_and_devices(folder, photos):
     assert half.to(dtype=torch.float32) is half and half.dtype == torch.float32 and half.device.type == "cpu"
     assert isinstance(half.model, MplugModel) and not half.eval().model.training
     assert "million parameters" in repr(half) and half in {half} and half != mplug_core.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_int8_is_floats_where_nothing_computes_with_it(model, photos, tmp_path, dtype):
+    export_int8(read_source(str(model.folder)), tmp_path / "q", "fp32", "")
+    small = mplug_core.load(tmp_path / "q", device="cpu")
+    before = small.encode_image(photos[0])
+    assert repr(small).split(", ")[1:] == repr(model).split(", ")[1:], "as many parameters"
+    assert small.to(dtype=dtype).dtype == dtype and small.caption(photos[0]).text
+    assert not any(isinstance(layer, Int8Linear) for layer in small.model.modules())
+    assert torch.allclose(small.encode_image(photos[0]), before, atol=0.05)
 
 
 def test_offline_is_for_one_call(folder, monkeypatch):

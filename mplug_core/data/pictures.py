@@ -85,7 +85,10 @@ def _normalised(pixels: Tensor, size: int, name: str) -> Picture:
     """Pixels that somebody has prepared; what they were cut from is not known, so that the square is the picture."""
     if tuple(pixels.shape) != (3, size, size):
         raise _no_image(name, "float tensor", f"the model's normalised pixels [3, {size}, {size}]", pixels)
-    return Picture(pixels.detach().float().cpu(), WHOLE, (size, size))
+    pixels = pixels.detach().float().cpu()
+    if not pixels.isfinite().all():
+        raise ImageError(f"{name} has pixels that are not finite", "give numbers", "broken")
+    return Picture(pixels, WHOLE, (size, size))
 
 
 def _no_image(name: str, kind: str, expected: str, found: np.ndarray | Tensor) -> ImageError:

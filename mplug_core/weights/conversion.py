@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
-from mplug_core.weights.faults import absent_parts, broken_values, head_faults, raise_first, shown, without_parts
-from mplug_core.weights.folder import Stored, read_model, write_folder
+from mplug_core.weights.destination import check_destination
+from mplug_core.weights.faults import broken_values, shown
+from mplug_core.weights.folder import Stored, find_model, read_model, texts_beside, write_folder
 from mplug_core.weights.official import PARTS, Entry, expected_shapes, part_of
 
 
@@ -73,47 +73,37 @@ def convert_model(
 ) -> Account:
     """Write the model that ``source`` names as a native folder ``target``, whole or not at all.
 
-    ``image_size`` in pixels resizes the positions, ``dtype`` is what weights are stored as (None: as they are),
-    ``allow_missing`` names parts that the model may be without. MplugError where ``target`` exists (``force`` replaces
-    a model folder, nothing else); CheckpointError for a part that is missing, of a wrong shape or never trained.
+    ``image_size`` in pixels resizes the positions, ``dtype`` is what weights, also int8 ones, are stored as (None: as
+    they are), ``allow_missing`` names parts that the model may be without. The model card and the recipe of a native
+    folder go along. MplugError where ``target`` exists
+    (``force`` replaces a model folder, nothing else); CheckpointError for a part that is missing, of a wrong shape or
+    never trained.
     """
     target = Path(target)
-    check_target(target, force)
-    stored = read_model(source, image_size, allow_missing)
-    config, state, gone = stored.config, dict(stored.state), set()
-    if stored.account is not None:
-        faults = head_faults(state)
-        raise_first({part: fault for part, fault in faults.items() if part not in allow_missing}, str(stored.path))
-        gone = absent_parts(config, stored.missing)
-        config, state = without_parts(config, state, gone)
-    check_values(stored, state)
-    account = _account(stored, config, gone, allow_missing)
-    write_folder(target, config, stored.tokenizer, state, dtype, written=stored.release)
+    check_destination(target, find_model(source), force)
+    stored = read_model(source, image_size, allow_missing).whole(allow_missing, hint=None)
+    check_values(stored)
+    account = _account(stored, allow_missing)
+    state = stored.floats() if dtype else stored.state
+    texts = texts_beside(stored.path) if stored.account is None else {}
+    write_folder(target, stored.config, stored.tokenizer, state, dtype, texts, stored.release)
     account.bytes = (target / "model.safetensors").stat().st_size
     return account
 
 
-def check_target(target: Path, force: bool) -> None:
-    """MplugError if a model can't be written there: something is there that is no model, or must not be replaced."""
-    if not target.exists() and not target.is_symlink():
-        return
-    if not all((target / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise MplugError(f"{target} exists and is no model folder", "name a folder that doesn't exist")
-    if not force:
-        raise MplugError(f"{target} exists", "--force replaces it")
-
-
-def check_values(stored: Stored, state: Mapping[str, Tensor]) -> None:
-    """CheckpointError for weights that are not finite or all the same; tensors are given back as they are read."""
-    for name, value in state.items():
+def check_values(stored: Stored) -> None:
+    """CheckpointError for weights of a released checkpoint that are not finite or all the same; tensors are given back
+    as they are read."""
+    for name, value in stored.state.items():
         fault = broken_values(name, value) if stored.account is not None else None
         if fault:
             raise CheckpointError(f"{stored.path}: {fault}", "take another checkpoint")
         stored.release(value)
 
 
-def _account(stored: Stored, config: MplugConfig, gone: Collection[str], allowed: Iterable[str]) -> Account:
-    """The account of a model, of which the parts ``gone`` were left out."""
+def _account(stored: Stored, allowed: Iterable[str]) -> Account:
+    """The account of a model that is whole, with what was left out for it."""
+    config, gone = stored.config, stored.gone
     used: dict[str, Group] = {}
     dropped: dict[str, Group] = {}
     missing: dict[str, Group] = {}

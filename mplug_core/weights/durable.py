@@ -7,6 +7,8 @@ import ctypes
 import errno
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 EXCHANGE = 2
@@ -43,6 +45,25 @@ def replace_text(file: Path, text: str) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(file.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then is put in the place of ``folder``, or of what that is a link to.
+
+    Where filling it fails, all is as it was before. NotADirectoryError for a file.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        replace_folder(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -5,25 +5,22 @@ What is exported is a native folder again; :mod:`mplug_core.weights.onnx` writes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
-from mplug_core.weights.faults import absent_parts, without_parts
-from mplug_core.weights.folder import Stored, read_model, write_folder
+from mplug_core.weights.conversion import check_values
+from mplug_core.weights.destination import check_destination
+from mplug_core.weights.folder import CARD, Stored, read_model, texts_beside, write_folder
 from mplug_core.weights.official import missing_by_part
-from mplug_core.weights.quantised import QUANTISATION, describe_quantisation, quantise
+from mplug_core.weights.quantised import quantise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MARKS = ("config.json", "meta.json")
-"""Files by one of which a folder is known as a model, which an export may replace."""
-KEPT = ("README.md", "recipe.yaml")
-"""Texts that an exported folder takes over from the model that it was made of."""
 
 
 @dataclass
@@ -42,13 +39,12 @@ class Source:
 def read_source(spec: str | None, image_size: int | None = None) -> Source:
     """A model by ``--model``'s rules, for images of ``image_size`` pixels (default: its own).
 
-    Parts that a checkpoint came without are left out. CheckpointError where the backbone takes no images of that size.
+    Parts that a checkpoint came without are left out. CheckpointError where the backbone takes no images of that size,
+    for a model that can't answer, and for weights that were never trained.
     """
-    stored = read_model(spec, image_size)
-    config, state = without_parts(stored.config, stored.floats(), absent_parts(stored.config, stored.missing))
-    folder = stored.path if stored.path.is_dir() else stored.path.parent
-    texts = {name: _read(folder / name) for name in KEPT if stored.path.is_dir() and (folder / name).is_file()}
-    return Source(replace(stored, config=config), state, texts)
+    stored = read_model(spec, image_size).whole()
+    check_values(stored)
+    return Source(stored, stored.floats(), texts_beside(stored.path))
 
 
 def build(source: Source) -> MplugModel:
@@ -68,34 +64,25 @@ def export_safetensors(source: Source, target: Path, dtype: str, card: str, forc
 
     CheckpointError for a weight that overflows the type, MplugError for a target that is in the way.
     """
-    check_target(target, source.stored.path, force)
+    check_destination(target, source.stored.path, force)
     chosen = DTYPES[dtype]
     if chosen == torch.float16:
         largest = torch.finfo(torch.float16).max
         for name, value in source.state.items():
             if value.is_floating_point() and float(value.abs().amax()) > largest:
                 raise CheckpointError(f"{name} holds numbers beyond the range of fp16", "--dtype bf16")
-    _save(source, target, source.state, chosen, card, {})
+    _save(source, target, source.state, chosen, card)
 
 
 def export_int8(source: Source, target: Path, dtype: str, card: str, force: bool = False) -> None:
     """Write a native folder with int8 weights; what is not quantised is stored in ``dtype``."""
-    check_target(target, source.stored.path, force)
+    check_destination(target, source.stored.path, force)
     with torch.device("meta"):
         model = MplugModel(source.config)
-    chosen = DTYPES[dtype]
-    state = quantise(model, source.state)
-    # scales stay in fp32: rounded, they would change all weights of their row in the same direction
-    stored = {
-        name: value.to(chosen) if value.is_floating_point() and name in source.state else value
-        for name, value in state.items()
-    }
-    _save(source, target, stored, None, card, {QUANTISATION: describe_quantisation(stored)})
+    _save(source, target, quantise(model, source.state), DTYPES[dtype], card)
 
 
-def _save(
-    source: Source, target: Path, state: dict[str, Tensor], dtype: torch.dtype | None, card: str, files: dict[str, str]
-) -> None:
+def _save(source: Source, target: Path, state: dict[str, Tensor], dtype: torch.dtype, card: str) -> None:
     with torch.device("meta"):
         model = MplugModel(source.config)
     missing = missing_by_part(source.config, source.state)
@@ -104,29 +91,4 @@ def _save(
         name = next(iter(missing.values()))[0] if missing else min(unknown)
         what = "lacks" if missing else "has an unknown tensor"
         raise CheckpointError(f"{source.stored.path} {what} {name}", "config.json and weights are of different models")
-    texts = {name: text for name, text in source.texts.items() if name != "README.md"}
-    write_folder(target, source.config, source.stored.tokenizer, state, dtype, card=card, files=texts | files)
-
-
-def check_target(target: Path, source: Path, force: bool) -> None:
-    """MplugError unless ``target`` is free, or a model folder that may be replaced."""
-    if not target.exists() and not target.is_symlink():
-        return
-    here, there = target.resolve(), source.resolve()
-    if there in (here, *here.parents) or here in there.parents:
-        raise MplugError(f"{target} is where the model is that is exported", "name another folder")
-    if not target.is_dir():
-        raise MplugError(f"{target} is a file", "name a folder")
-    if not any(target.iterdir()):
-        return
-    if not any((target / mark).is_file() for mark in MARKS):
-        raise MplugError(f"{target} is not empty and is no model folder", "name another folder")
-    if not force:
-        raise MplugError(f"{target} exists", "--force replaces it")
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    write_folder(target, source.config, source.stored.tokenizer, state, dtype, {**source.texts, CARD: card})

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,21 +19,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mplug_core.data.text import Tokenizer
-from mplug_core.errors import CheckpointError
+from mplug_core.errors import CheckpointError, UsageError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import VisualEncoder, resize_positions
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
 from mplug_core.weights import hub
-from mplug_core.weights.durable import replace_folder
+from mplug_core.weights.durable import whole_folder
 from mplug_core.weights.faults import absent_parts, check_conversion, head_faults, raise_first, without_parts
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.official import Conversion, patches
-from mplug_core.weights.quantised import check_quantisation, computes_int8, dequantise, is_quantised, with_int8_layers
+from mplug_core.weights.quantised import (
+    QUANTISATION,
+    SCALE,
+    check_quantisation,
+    computes_int8,
+    dequantise,
+    describe_quantisation,
+    is_quantised,
+    quantised_names,
+    with_int8_layers,
+)
 from mplug_core.weights.released import read_released, released_files
 from mplug_core.weights.tensor_files import TensorFile
 
+CARD, RECIPE = "README.md", "recipe.yaml"
+"""Texts beside the weights, which a folder takes over from the model that it was made of."""
+LEAVABLE = ("text", "fusion", "decoder")
+"""Parts of a model that some task does without."""
+FINETUNE = "mplug finetune --model makes a complete model of it"
 EMBEDDED = Path(__file__).parent / "embedded" / "mini"
 
 
@@ -61,7 +75,11 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all. ``state`` (default: the model's own) is stored as ``dtype``."""
-    write_folder(folder, model.config, tokenizer, model.state_dict() if state is None else state, dtype, recipe, card)
+    texts = {} if card is None else {CARD: card}
+    if recipe is not None:
+        # what was set, also to a default: left out, the named size would take its place when read again
+        texts[RECIPE] = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    write_folder(folder, model.config, tokenizer, model.state_dict() if state is None else state, dtype, texts)
 
 
 def write_folder(
@@ -70,40 +88,41 @@ def write_folder(
     tokenizer: Tokenizer,
     state: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
-    recipe: Recipe | None = None,
-    card: str | None = None,
+    texts: Mapping[str, str] | None = None,
     written: Callable[[torch.Tensor], None] | None = None,
-    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all, one tensor after the other.
 
-    Floating-point tensors are stored as ``dtype`` (None: as they are). ``written`` gets each tensor of ``state`` that
-    is in the file; ``files`` are further texts by name. CheckpointError where the disk doesn't take it.
+    Floating-point tensors are stored as ``dtype`` (None: as they are), but for the scales of int8 rows. ``texts`` go
+    beside the weights by their names; ``written`` gets each tensor of ``state`` that is in the file. CheckpointError
+    where the disk doesn't take it.
     """
-    folder = Path(folder)
-    beside: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        _write_weights(beside / "model.safetensors", state, dtype, written)
-        config.save(beside / "config.json")
-        tokenizer.save(beside / "vocab.txt")
-        if recipe is not None:
-            # what was set, also to a default: left out, the named size would take its place when read again
-            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
-            (beside / "recipe.yaml").write_text(text, encoding="utf-8")
-        if card is not None:
-            (beside / "README.md").write_text(card, encoding="utf-8")
-        for name, text in (files or {}).items():
-            (beside / name).write_text(text, encoding="utf-8")
-        beside.chmod(0o755)
-        replace_folder(beside, folder)
+        with whole_folder(Path(folder)) as beside:
+            _write_weights(beside / "model.safetensors", state, dtype, written)
+            config.save(beside / "config.json")
+            tokenizer.save(beside / "vocab.txt")
+            quantised = {QUANTISATION: describe_quantisation(state)} if is_quantised(state) else {}
+            for name, text in {**(texts or {}), **quantised}.items():
+                (beside / name).write_text(text, encoding="utf-8")
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write {folder}: {reason}", "check the disk and its space") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+
+
+def texts_beside(place: Path) -> dict[str, str]:
+    """The model card and the recipe of a model's folder, as far as there are any; CheckpointError for what is no text.
+
+    A file has none: what is beside it may be of anything.
+    """
+    texts = {}
+    for file in [place / name for name in (CARD, RECIPE) if place.is_dir() and (place / name).is_file()]:
+        try:
+            texts[file.name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise CheckpointError(f"cannot read {file}: {reason}") from error
+    return texts
 
 
 def _write_weights(
@@ -113,6 +132,8 @@ def _write_weights(
     written: Callable[[torch.Tensor], None] | None,
 ) -> None:
     types = {n: dtype if dtype and value.is_floating_point() else value.dtype for n, value in state.items()}
+    # rounded, scales would change all weights of their row in the same direction
+    types |= {name + SCALE: state[name + SCALE].dtype for name in quantised_names(state)}
     out = TensorFile(file, {name: (types[name], tuple(value.shape)) for name, value in state.items()})
     try:
         for name in out.order:
@@ -161,7 +182,7 @@ class Stored:
     """What a model's folder or file holds: tensors by our names, perhaps not of every part (``missing``, by part).
 
     ``release`` gives the memory back that a tensor took which was read and will not be read again. ``account`` is of a
-    released checkpoint, with its layout and, where it is told, its task.
+    released checkpoint, with its layout and, where it is told, its task; ``gone`` are parts that were left out.
     """
 
     config: MplugConfig
@@ -173,6 +194,20 @@ class Stored:
     account: Conversion | None = None
     layout: str = "native"
     task: str | None = None
+    gone: frozenset[str] = frozenset()
+
+    def whole(self, allowed: Collection[str] = (), hint: str | None = FINETUNE) -> Stored:
+        """A model that can answer: without the parts that a released checkpoint came without, and what rests on them.
+
+        CheckpointError where only one of the two heads of retrieval is there, but for the ``allowed`` parts.
+        """
+        if self.account is None:
+            return self
+        faults = {part: fault for part, fault in head_faults(self.state).items() if part not in allowed}
+        raise_first(faults, str(self.path), hint)
+        gone = absent_parts(self.config, self.missing)
+        config, state = without_parts(self.config, self.state, gone)
+        return replace(self, config=config, state=state, gone=frozenset(gone))
 
     def floats(self) -> dict[str, torch.Tensor]:
         """The tensors with int8 weights, where there are any, as floats."""
@@ -252,17 +287,15 @@ def load_model(
     """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
 
     Parameters are mapped from the file, not built and overwritten; those of another type are converted one after the
-    other. ``without`` names parts that the task at hand does not use (for captions ``text`` and ``fusion``): they stay
-    on the meta device. ``image_size`` in pixels: see :func:`read_model`. CheckpointError for a folder that is not a
-    model or whose tensors don't fit its configuration.
+    other. ``without`` names parts (of :data:`LEAVABLE`) that the task at hand does not use (for captions ``text`` and
+    ``fusion``): they stay on the meta device, and a call of one is a CheckpointError. ``image_size`` in pixels: see
+    :func:`read_model`. CheckpointError for a folder that is not a model or whose tensors don't fit its configuration.
     """
+    without = _checked(without)
     stored = read_model(spec, image_size)
-    folder, without = stored.path, tuple(without)
-    config, state = stored.config, stored.state
-    if stored.account is not None:
-        lone = {part: fault for part, fault in head_faults(state).items() if part not in without}
-        raise_first(lone, str(folder), "mplug finetune --model makes a complete model of it")
-        config, state = without_parts(config, state, absent_parts(config, stored.missing))
+    folder = stored.path
+    whole = stored.whole()
+    config, state = whole.config, whole.state
     skipped = tuple(f"{part}." for part in without)
     device = torch.device(device)
     if dtype is None:
@@ -290,7 +323,25 @@ def load_model(
         gaps = f"lacks {missing[0]}" if missing else f"has an unknown tensor {fit.unexpected_keys[0]}"
         raise CheckpointError(f"{folder}/model.safetensors {gaps}", "config.json and weights are of different models")
     fill_buffers(model, skipped)
+    for part in without:
+        if (left := getattr(model, part)) is not None:
+            left.register_forward_pre_hook(partial(_refuse, part))
     return Loaded(model.eval().requires_grad_(False), stored.tokenizer, stored.name, folder)
+
+
+def _checked(without: Iterable[str]) -> tuple[str, ...]:
+    """Parts to leave out; UsageError for what is none of :data:`LEAVABLE`."""
+    if isinstance(without, str):
+        raise UsageError(f"several parts may be left out, not {without!r}", f"give a list, such as [{without!r}]")
+    without = tuple(without)
+    for part in without:
+        if part not in LEAVABLE:
+            raise UsageError(f"no part {part!r} that can be left out", f"of {', '.join(LEAVABLE)}")
+    return without
+
+
+def _refuse(part: str, module: torch.nn.Module, arguments: object) -> None:
+    raise CheckpointError(f"the model was loaded without its {part}", "load the whole model")
 
 
 def fill_buffers(model: MplugModel, skipped: tuple[str, ...] = ()) -> None:

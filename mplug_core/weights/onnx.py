@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.caption import CaptionTask, forbidden_tokens
 from mplug_core.tasks.task import own_decoding
 from mplug_core.tasks.vqa import VqaTask
-from mplug_core.weights.durable import replace_folder
+from mplug_core.weights.durable import whole_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
@@ -256,29 +254,23 @@ def export_onnx(
     """
     require_packages()
     graphs = graphs_of(model)
-    beside: Path | None = None
+    differences: dict[str, float] = {}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        differences = {}
-        for graph in graphs:
-            write_graph(graph, beside / f"{graph.name}.onnx", opset)
-            differences[graph.name] = largest_difference(graph, beside / f"{graph.name}.onnx")
-            if not differences[graph.name] <= TOLERANCE:
-                raise MplugError(
-                    f"graph {graph.name} differs from PyTorch by {differences[graph.name]:.2g}",
-                    f"the limit is {TOLERANCE:g}; try another --opset",
-                )
-        (beside / META).write_text(json.dumps(describe(model.config, tokenizer, graphs, differences, opset), indent=1))
-        tokenizer.save(beside / "vocab.txt")
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        beside.chmod(0o755)
-        replace_folder(beside, folder)
+        with whole_folder(folder) as beside:
+            for graph in graphs:
+                write_graph(graph, beside / f"{graph.name}.onnx", opset)
+                differences[graph.name] = largest_difference(graph, beside / f"{graph.name}.onnx")
+                if not differences[graph.name] <= TOLERANCE:
+                    raise MplugError(
+                        f"graph {graph.name} differs from PyTorch by {differences[graph.name]:.2g}",
+                        f"the limit is {TOLERANCE:g}; try another --opset",
+                    )
+            about = describe(model.config, tokenizer, graphs, differences, opset)
+            (beside / META).write_text(json.dumps(about, indent=1))
+            tokenizer.save(beside / "vocab.txt")
+            (beside / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}", "check the disk") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
     return differences
 
 

@@ -44,9 +44,14 @@ def quantise(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return quantised
 
 
+def quantised_names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors of a state that are int8 rows; their scales are beside them."""
+    return sorted(name for name, value in state.items() if value.dtype == torch.int8 and name + SCALE in state)
+
+
 def is_quantised(state: Mapping[str, Tensor]) -> bool:
     """Whether a state holds int8 rows."""
-    return any(value.dtype == torch.int8 and name + SCALE in state for name, value in state.items())
+    return bool(quantised_names(state))
 
 
 def dequantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +97,19 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def to_float_layers(model: nn.Module) -> None:
+    """Replace the int8 layers of ``model`` by linear ones with their weights as floats."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Int8Linear):
+            continue
+        owner, _, last = name.rpartition(".")
+        with torch.device("meta"):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        floats = dequantise(dict(layer.state_dict()))
+        linear.load_state_dict(floats, assign=True)
+        setattr(model.get_submodule(owner), last, linear.train(layer.training).requires_grad_(False))
+
+
 def with_int8_layers(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give ``model`` int8 layers where ``state`` has int8 weights of linear ones; returns the state that it takes.
 
@@ -112,8 +130,7 @@ def with_int8_layers(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 
 def describe_quantisation(state: Mapping[str, Tensor]) -> str:
     """``quantization.json`` of a quantised state."""
-    names = sorted(name for name in state if name + SCALE in state)
-    return json.dumps({**METHOD, "tensors": names}, indent=1) + "\n"
+    return json.dumps({**METHOD, "tensors": quantised_names(state)}, indent=1) + "\n"
 
 
 def check_quantisation(folder: Path) -> None:

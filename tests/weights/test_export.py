@@ -15,10 +15,12 @@ from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.model.mplug import MplugModel
 from mplug_core.training.start import fill_from
 from mplug_core.weights import quantised
-from mplug_core.weights.export import DTYPES, build, check_target, export_int8, export_safetensors, read_source
+from mplug_core.weights.conversion import convert_model
+from mplug_core.weights.export import DTYPES, build, export_int8, export_safetensors, read_source
 from mplug_core.weights.faults import without_parts
-from mplug_core.weights.folder import EMBEDDED, load_model, read_model, save_model, write_folder
+from mplug_core.weights.folder import CARD, EMBEDDED, RECIPE, load_model, read_model, save_model, write_folder
 from mplug_core.weights.quantised import Int8Linear, computes_int8, dequantise, quantise, quantise_rows
+from tests.released import released, write_alicemind
 from tests.small import CLASSIFIERS, CNN, small_model
 
 CPU = torch.device("cpu")
@@ -247,17 +249,10 @@ class TestTarget:
         assert (place / "README.md").read_text() == "# two\n"
         assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
 
-    def test_what_is_no_model_stays(self, folder: Path, tmp_path: Path) -> None:
-        (tmp_path / "thesis.txt").write_text("x")
-        with pytest.raises(MplugError, match="is no model folder"):
-            check_target(tmp_path, folder, force=True)
-        with pytest.raises(MplugError, match="is a file"):
-            check_target(tmp_path / "thesis.txt", folder, force=True)
-
     def test_the_model_itself_stays(self, folder: Path) -> None:
         for target in (folder, folder.parent):
             with pytest.raises(MplugError, match="where the model is"):
-                check_target(target, folder, force=True)
+                export_safetensors(read_source(str(folder)), target, "bf16", "", force=True)
 
 
 def test_weights_of_another_model_are_not_exported(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -282,6 +277,54 @@ def test_a_model_without_a_masked_head_stays_one(folder: Path, tmp_path: Path) -
     export_int8(source, tmp_path / "q", "fp32", "")
     assert outputs(load_model(str(tmp_path / "q")).model).keys()
     assert build(source).masked_head is None
+
+
+def test_a_native_model_without_fusion_keeps_all_it_has(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=tokenizer.vocab_size, fusion="none", fusion_layers=0)
+    save_model(tmp_path / "m", model, tokenizer, dtype=torch.float32)
+    export_safetensors(read_source(str(tmp_path / "m")), tmp_path / "out", "fp32", "")
+    stored, original = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "m"))
+    assert stored.keys() == original.keys() and any(name.startswith("masked_head.") for name in stored)
+    assert load_model(str(tmp_path / "out")).config == model.config
+
+
+@pytest.mark.parametrize("fault", ["matching", "nan"])
+def test_what_can_not_be_loaded_or_converted_is_not_exported(tmp_path: Path, fault: str) -> None:
+    tensors = {name: value for name, value in released().items() if fault != "matching" or "itm_head" not in name}
+    if fault == "nan":
+        tensors["temp"] = torch.full_like(tensors["temp"], torch.nan)
+    file = write_alicemind(tmp_path / "mplug.pth", tensors)
+    with pytest.raises(CheckpointError, match="the matching head is not there|not finite"):
+        read_source(str(file))
+
+
+def test_a_converted_native_folder_keeps_its_texts(folder: Path, tmp_path: Path) -> None:
+    convert_model(str(folder), tmp_path / "m", dtype=torch.bfloat16)
+    assert all((tmp_path / "m" / name).read_text() == (folder / name).read_text() for name in (CARD, RECIPE))
+    (tmp_path / "m" / RECIPE).write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml: not UTF-8 text"):
+        convert_model(str(tmp_path / "m"), tmp_path / "n")
+
+
+@needs_int8
+def test_int8_is_the_same_wherever_it_is_stored_again(int8: Path, tmp_path: Path) -> None:
+    original = load_file(int8 / "model.safetensors")
+    loaded = load_model(str(int8))
+    save_model(tmp_path / "saved", loaded.model, loaded.tokenizer, dtype=torch.bfloat16)
+    convert_model(str(int8), tmp_path / "as it is")
+    for place in (tmp_path / "saved", tmp_path / "as it is"):
+        stored = load_file(place / "model.safetensors")
+        rows = [name for name, value in stored.items() if value.dtype == torch.int8]
+        assert rows and json.loads((place / "quantization.json").read_text())["tensors"] == sorted(rows)
+        assert all(torch.equal(stored[f"{name}_scale"], original[f"{name}_scale"]) for name in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_converted_to_floats(int8: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    convert_model(str(int8), tmp_path / "m", dtype=dtype)
+    stored, floats = load_file(tmp_path / "m" / "model.safetensors"), dequantise(load_file(int8 / "model.safetensors"))
+    assert stored.keys() == floats.keys() and not (tmp_path / "m" / "quantization.json").exists()
+    assert all(torch.equal(stored[name], value.to(dtype)) for name, value in floats.items())
 
 
 def test_the_embedded_model_with_its_batch_norms(tmp_path: Path) -> None:

@@ -84,6 +84,23 @@ def test_replaces_a_folder(folder: Path, tokenizer: Tokenizer) -> None:
     assert not (folder / "stray.txt").exists() and [p.name for p in folder.parent.iterdir()] == ["m"]
 
 
+def test_a_link_leads_to_the_folder_that_is_replaced(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "m"
+    link.symlink_to(folder)
+    other = small_model(seed=9, vocab_size=tokenizer.vocab_size, box_bins=4)
+    save_model(link, other, tokenizer)
+    assert link.is_symlink() and load_model(str(folder)).config == other.config
+    assert sorted(p.name for p in [*tmp_path.iterdir(), *link.parent.iterdir()]) == ["links", "m", "m"]
+
+
+def test_a_file_is_not_replaced(tmp_path: Path, model: MplugModel, tokenizer: Tokenizer) -> None:
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        save_model(tmp_path / "file", model, tokenizer)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["dear"]
+
+
 def test_failure_while_writing_leaves_the_old_one(
     folder: Path, model: MplugModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
