@@ -8,8 +8,8 @@ import typer
 
 from mplug_cli import options
 from mplug_cli.answering import Question, Requests, load, write_answers
-from mplug_cli.device import check_device
 from mplug_cli.streams import Inputs, read_inputs
+from mplug_core.device import check_device
 from mplug_core.errors import UsageError
 from mplug_core.tasks.answering import Request
 

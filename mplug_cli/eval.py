@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mplug_cli import show
-from mplug_cli.device import check_device, choose_device
 from mplug_cli.options import Device
 from mplug_cli.streams import json_line, write_line
 from mplug_cli.vqa import read_answers
+from mplug_core.device import check_device, choose_device
 from mplug_core.errors import DataError, MplugError, UsageError
 from mplug_core.recipe import nearest
 

@@ -21,9 +21,9 @@ from mplug_cli.answering import (
     text_field,
     write_answers,
 )  # fmt: skip
-from mplug_cli.device import check_device
 from mplug_cli.drawing import draw_boxes, place_for_picture
 from mplug_cli.streams import read_inputs
+from mplug_core.device import check_device
 from mplug_core.errors import UsageError
 from mplug_core.tasks.answering import Asked, Request
 

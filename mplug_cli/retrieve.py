@@ -13,8 +13,8 @@ import typer
 
 from mplug_cli import options, show
 from mplug_cli.answering import check_text, load, looks_like_image, picture_opener
-from mplug_cli.device import check_device
 from mplug_cli.streams import Input, Inputs, json_line, read_inputs, write_line
+from mplug_core.device import check_device
 from mplug_core.errors import SOME_INPUTS_FAILED, DataError, ImageError, MplugError, UsageError
 from mplug_core.recipe import nearest
 

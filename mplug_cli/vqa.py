@@ -19,8 +19,8 @@ from mplug_cli.answering import (
     text_field,
     write_answers,
 )  # fmt: skip
-from mplug_cli.device import check_device
 from mplug_cli.streams import read_inputs
+from mplug_core.device import check_device
 from mplug_core.errors import DataError, UsageError
 from mplug_core.tasks.answering import Request
 

@@ -242,8 +242,8 @@ def is_native(folder: Path) -> bool:
     return (folder / "model.safetensors").exists() or ((folder / "config.json").exists() and not released_files(folder))
 
 
-def read_native(folder: Path, image_size: int | None = None) -> Stored:
-    """The tensors of a native folder; CheckpointError if it is none."""
+def read_description(folder: Path) -> tuple[MplugConfig, Tokenizer]:
+    """Configuration and vocabulary of a native folder; CheckpointError where they, or int8 weights, don't fit."""
     config = MplugConfig.load(folder / "config.json")
     tokenizer = Tokenizer.load(folder / "vocab.txt")
     if tokenizer.vocab_size != config.vocab_size:
@@ -251,6 +251,12 @@ def read_native(folder: Path, image_size: int | None = None) -> Stored:
             f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
         )
     check_quantisation(folder)
+    return config, tokenizer
+
+
+def read_native(folder: Path, image_size: int | None = None) -> Stored:
+    """The tensors of a native folder; CheckpointError if it is none."""
+    config, tokenizer = read_description(folder)
     file = folder / "model.safetensors"
     try:
         state = load_file(file)

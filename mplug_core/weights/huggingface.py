@@ -61,7 +61,7 @@ class HuggingFaceModel:
 
     def pull(self, report: Report) -> Path:
         """The model as the hub has it now; CheckpointError where it can't be had."""
-        with self._errors(), _quiet_hub():
+        with self._errors(), quiet_hub():
             from huggingface_hub import HfApi
 
             info = HfApi(endpoint=self.endpoint).model_info(
@@ -147,7 +147,7 @@ class HuggingFaceModel:
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """No bars and no warnings of the hub's package: what is to be said we say."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,

@@ -7,7 +7,6 @@ holds stays.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import re
 import shutil
@@ -16,13 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mplug_core.errors import CheckpointError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import check_recipe, read_yaml
 from mplug_core.weights.card import Card, published_card, read_card
 from mplug_core.weights.folder import find_model
+from mplug_core.weights.huggingface import quiet_hub
 from mplug_core.weights.quantised import QUANTISATION
 from mplug_core.weights.summary import read_heads
 from mplug_core.weights.target import HUBS, Target
@@ -98,7 +97,7 @@ def _push_hf(plan: Push, note: Callable[[str], None]) -> str:
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
     if get_token() is None:
         raise MplugError(f"no token to write to {plan.target}", "hf auth login, or set HF_TOKEN", "token")
-    with _hub_errors(plan.target), _quiet_hub():
+    with _hub_errors(plan.target), quiet_hub():
         try:
             known = api.repo_info(repository)
         except RepositoryNotFoundError:
@@ -193,20 +192,3 @@ def _link(file: Path, target: Path) -> None:
         os.symlink(file.resolve(), target)
     except OSError:
         shutil.copyfile(file, target)
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """The package's bars and warnings go nowhere: what matters becomes an error or a note."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logger: Any = logging.getLogger("huggingface_hub")
-    level, bars = logger.level, not are_progress_bars_disabled()
-    try:
-        logger.setLevel(logging.ERROR)
-        disable_progress_bars()
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            enable_progress_bars()

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
@@ -18,9 +17,9 @@ from mplug_core.recipe import Recipe, check_recipe, read_yaml
 from mplug_core.weights import hub
 from mplug_core.weights.card import Card, read_card
 from mplug_core.weights.faults import head_faults, shown
-from mplug_core.weights.folder import find_model, read_model
+from mplug_core.weights.folder import find_model, read_description, read_model
 from mplug_core.weights.official import missing_by_part, part_of
-from mplug_core.weights.quantised import SCALE, check_quantisation
+from mplug_core.weights.quantised import SCALE
 
 DTYPES = {
     "BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64", "I8": "int8", "U8": "uint8", "I64": "int64",
@@ -96,13 +95,7 @@ def summarise(spec: str | None = None) -> Summary:
 
 
 def _native(folder: Path) -> Summary:
-    config = MplugConfig.load(folder / "config.json")
-    tokenizer = Tokenizer.load(folder / "vocab.txt")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: {tokenizer.vocab_size} pieces in vocab.txt, {config.vocab_size} in config.json"
-        )
-    check_quantisation(folder)
+    config, _ = read_description(folder)
     heads = read_heads(folder / "model.safetensors")
     hollow = {name: torch.empty(head.shape, device="meta") for name, head in heads.items()}
     missing = missing_by_part(config, hollow)
