@@ -74,12 +74,10 @@ app.command("retrieve")(retrieve)
 app.command("pretrain")(pretrain)
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)
-app.add_typer(model, name="model")
 app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")
 app.add_typer(runs, name="runs")
-app.add_typer(model, name="model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ FLOORS = (
     ("mplug_core.training",),
     ("mplug_core.search",),
     ("mplug_core.api",),
+    ("mplug_core.bench", "mplug_core.ablation"),
     ("mplug_cli",),
 )
 LIGHT = ("mplug_core.errors", "mplug_core.recipe", "mplug_core.model.config", "mplug_core", "mplug_cli.app")
