@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mplug_cli import pages
 from mplug_core.errors import MplugError
 from mplug_core.training.figures import RATES, is_loss
 from mplug_core.training.history import Curve, Log, Run, thin
@@ -181,57 +181,16 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else "…" + text[1 - length :]
 
 
-def png(runs: dict[str, Run]) -> bytes:
-    """The picture as PNG."""
-    stream = io.BytesIO()
-    draw(runs).savefig(stream, format="png", dpi=130)
-    return stream.getvalue()
-
-
-def svg(runs: dict[str, Run]) -> str:
-    """The picture as an SVG element to put into a page."""
-    from matplotlib import rc_context
-
-    stream = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mplug"}):
-        draw(runs).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-Table = list[list[Any]]
-"""A head, then rows."""
-
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1250px;padding:0 1em;color:#222}
-h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}svg{width:100%;height:auto}
-table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .9em .15em 0;text-align:left;vertical-align:top}
-th{border-bottom:1px solid #bbb}td{font-variant-numeric:tabular-nums}.legend{color:#666;font-size:.9em}"""
-
 LEGEND = (
     "Dashed lines across: the run went on from a checkpoint. Dotted: a stage begins. Red ticks: skipped steps; orange: "
     "spikes of the loss. Bands: lowest and highest between two points."
 )
 
 
-def page(title: str, runs: dict[str, Run], sections: list[tuple[str, list[tuple[str, Table]]]]) -> str:
-    """A self-contained HTML page: the picture, then ``sections`` of (caption, table)."""
+def page(title: str, runs: dict[str, Run], sections: pages.Sections) -> str:
+    """A self-contained HTML page: the picture, then ``sections``."""
     try:
-        picture = f"{svg(runs)}<p class=legend>{escape(LEGEND)}</p>"
+        picture = f"{pages.svg(draw(runs))}<p class=legend>{escape(LEGEND)}</p>"
     except MplugError as error:
         picture = f"<p>{escape(error.message)}</p>"
-    parts = [f"<h1>{escape(title)}</h1>", picture]
-    for heading, tables in sections:
-        parts.append(f"<h2>{escape(heading)}</h2>")
-        for caption, table in tables:
-            parts += [f"<p><b>{escape(caption)}</b></p>" if caption else "", _table(table)]
-    return (
-        f'<!DOCTYPE html>\n<html lang=en><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def _table(table: Table) -> str:
-    head, *rows = table
-    cells = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
-    lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return pages.page(title, picture, sections)

@@ -35,6 +35,9 @@ def scenes(
     ] = 10000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same scenes.")] = 0,
     size: Annotated[int, typer.Option("--size", min=32, max=1024, help="Pixels a side.")] = 96,
+    world: Annotated[
+        str, typer.Option("--world", metavar="full|small", help="small: fewer shapes and colours, learned in minutes.")
+    ] = "full",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one a core.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
@@ -44,10 +47,14 @@ def scenes(
     never has.
     """
     from mplug_core.data.scenes.folder import split_sizes, write_scenes
+    from mplug_core.data.scenes.world import WORLDS
+    from mplug_core.recipe import nearest
 
+    if world not in WORLDS:
+        raise UsageError(f"no world {world!r}{nearest(world, WORLDS)}", " or ".join(WORLDS))
     workers = workers or os.cpu_count() or 1
     if quiet or not sys.stderr.isatty():
-        totals = write_scenes(out, n, seed, size, workers)
+        totals = write_scenes(out, n, seed, size, workers, WORLDS[world])
     else:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,7 +62,9 @@ def scenes(
         columns = (TextColumn("scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("scenes", total=sum(split_sizes(n).values()))
-            totals = write_scenes(out, n, seed, size, workers, progress=lambda done: bar.advance(task, done))
+            totals = write_scenes(
+                out, n, seed, size, workers, WORLDS[world], progress=lambda done: bar.advance(task, done)
+            )
     for split, records in totals.items():
         counts = ", ".join(f"{number} {kind}" for kind, number in records.items() if kind != "captions")
         typer.echo(f"{out / split}: {counts}")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplug_cli import show
+from mplug_cli import pages, show
 from mplug_cli.streams import write_line
 from mplug_core.errors import MplugError, UsageError
 
 if TYPE_CHECKING:
-    from mplug_cli.curves import Table
+    from mplug_cli.pages import Table
     from mplug_core.training.history import Curve, Run
 
 runs = typer.Typer(name="runs", help="Look at runs: curves, checkpoints, state.", no_args_is_help=True)
@@ -82,7 +82,7 @@ def show_runs(
     if png is not None or html is not None:
         curves = _import_curves()
         if png is not None:
-            _write(png, curves.png(chosen), as_json)
+            _write(png, pages.png(curves.draw(chosen)), as_json)
         if html is not None:
             title = ", ".join(chosen)
             _write(html, curves.page(title, chosen, sections(chosen)).encode("utf-8", "replace"), as_json)

@@ -27,20 +27,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 
 from mplug_core.data.batches import Batch, Source
-from mplug_core.data.scenes import WORLD, World, write_scenes
+from mplug_core.data.scenes import SMALL_WORLD, write_scenes
 from mplug_core.model import decoder as decoder_module
 from mplug_core.model.attention import CrossAttention
 from mplug_core.model.fusion import ConnectedLayer
 from mplug_core.recipe import check_recipe, find_recipe, read_yaml
 from mplug_core.training.trainer import Trainer
 
-SMALL_WORLD = World(
-    shapes={name: WORLD.shapes[name] for name in ("circle", "square", "triangle")},
-    colors={name: WORLD.colors[name] for name in ("red", "green", "blue", "yellow")},
-    counts={1: 0.3, 2: 0.4, 3: 0.3},
-    held_out=(("red", "square"),),
-    curtain=0.0,
-)
 SCENES = 4000
 CHANGES = [
     "engine.name=plain",

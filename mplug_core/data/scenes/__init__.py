@@ -22,11 +22,13 @@ from .phrases import phrases
 from .questions import questions
 from .render import render
 from .statements import statements
-from .world import WORLD, Scene, SceneObject, World, sample_scene
+from .world import SMALL_WORLD, WORLD, WORLDS, Scene, SceneObject, World, sample_scene
 
 __all__ = [
+    "SMALL_WORLD",
     "SPLITS",
     "WORLD",
+    "WORLDS",
     "Scene",
     "SceneObject",
     "World",

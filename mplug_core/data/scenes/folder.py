@@ -28,7 +28,7 @@ from .phrases import phrases
 from .questions import questions
 from .render import render
 from .statements import statements
-from .world import SPLIT_NAMES, WORLD, Scene, World, sample_scene, stream
+from .world import SPLIT_NAMES, WORLD, WORLDS, Scene, World, sample_scene, stream
 
 SPLITS = SPLIT_NAMES
 KINDS = ("captions", "questions", "phrases", "statements", "entailments", "scenes")
@@ -79,12 +79,14 @@ def write_scenes(
 
 
 def holds_scenes(out: str | Path, n: int, seed: int, size: int) -> bool:
-    """Whether :func:`write_scenes` has written these scenes to ``out``, to the last one."""
+    """Whether :func:`write_scenes` has written these scenes of the full world to ``out``, to the last one."""
     try:
         about = json.loads((Path(out) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(about, dict) and [about.get(key) for key in ("n", "seed", "size")] == [n, seed, size]
+    if not isinstance(about, dict) or about.get("world", "full") != "full":
+        return False
+    return [about.get(key) for key in ("n", "seed", "size")] == [n, seed, size]
 
 
 def _check_target(out: Path) -> None:
@@ -131,7 +133,9 @@ def _build(
             os.rename(building / split, out / split)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    about = {"format": "mplug scenes", "version": 1, "n": n, "seed": seed, "size": size, "records": totals}
+    name = next((name for name, known in WORLDS.items() if known is world), None)
+    about = {"format": "mplug scenes", "version": 1, "n": n, "seed": seed, "size": size, "world": name}
+    about["records"] = totals
     (out / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return totals
 

@@ -110,6 +110,18 @@ class World:
 
 WORLD = World()
 
+SMALL_WORLD = World(
+    shapes={name: WORLD.shapes[name] for name in ("circle", "square", "triangle")},
+    colors={name: WORLD.colors[name] for name in ("red", "green", "blue", "yellow")},
+    counts={1: 0.3, 2: 0.4, 3: 0.3},
+    held_out=(("red", "square"),),
+    curtain=0.0,
+)
+"""Learned in minutes: three shapes, four colours, one to three objects."""
+
+WORLDS = {"full": WORLD, "small": SMALL_WORLD}
+"""Worlds by name."""
+
 
 @dataclass(frozen=True)
 class SceneObject:
