@@ -1,0 +1,158 @@
+"""``mplug ablate``: parts of the model against their alternatives, at equal width and depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, measuring, show_report
+from mplug_cli.options import Device, Quiet
+from mplug_core.errors import MplugError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mplug_core.ablation.cost import Cost
+    from mplug_core.ablation.quality import Experiment
+    from mplug_core.ablation.variants import Variant
+    from mplug_core.bench.measure import Report
+
+ablate = typer.Typer(name="ablate", help="Compare parts of the model with their alternatives.", no_args_is_help=True)
+
+
+@ablate.callback()
+def _group() -> None:
+    """Compare parts of the model with their alternatives."""
+
+
+@ablate.command()
+def fusion(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="With --train: fields of the recipe to change."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="One of the networks. Repeatable; default: all.")
+    ] = None,
+    size: Size = "base",
+    image_tokens: Annotated[
+        int, typer.Option("--image-tokens", min=1, help="Of an image, where costs are measured.")
+    ] = 577,
+    text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, help="Of a text, there.")] = 25,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples, there.")] = 1,
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="FOLDER", help="Also train every network alike; runs and figure are there."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE", help="With --train: its first stage is shared by all.")
+    ] = "ablation/fusion",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="With --train: runs of each network.")] = 1,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    markdown: Markdown = None,
+    quiet: Quiet = False,
+) -> None:
+    """Co-attention, connected, asymmetric and skip-connected fusion: what they cost, and what they learn.
+
+    Parameters, counted operations, time and memory at one shape. With --train each is trained by the recipe, what is
+    there already is not trained again, and FOLDER gets fusion.json, fusion.md, fusion.png and fusion.html with quality
+    after equal steps and after equal time.
+    """
+    check_size(size)
+    if overrides and train is None:
+        raise UsageError(f"{overrides[0]}: fields of a recipe are for --train", "name a folder for the runs")
+
+    from mplug_core.ablation.variants import chosen
+
+    variants = chosen(only or None)
+    if train is None:
+        report, _ = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
+        show_report(report, as_json, markdown)
+        return
+
+    from mplug_cli.watch import watching
+    from mplug_core.ablation.quality import Experiment
+    from mplug_core.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    experiment = Experiment(settings, train, tuple(range(settings.seed, settings.seed + seeds)))
+    with watching(quiet) as watch:
+        experiment.train(variants, watch)
+    costs, found = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
+    quality = _quality(experiment, variants, repeats, threads)
+    _write_folder(experiment, variants, costs, quality, found)
+    for report in (costs, quality):
+        show_report(report, as_json, None)
+    if markdown is not None:
+        _write(markdown, (costs.markdown() + "\n" + quality.markdown()).encode())
+
+
+def _costs(
+    variants: Sequence[Variant], size: str, image_tokens: int, text_tokens: int, batch: int, repeats: int,
+    device: str | None, threads: int | None,
+) -> tuple[Report, dict[str, Cost]]:  # fmt: skip
+    with measuring("fusion networks", None, device, threads) as (where, advance):
+        from mplug_core.ablation.cost import Shape, costs
+        from mplug_core.ablation.report import cost_report
+        from mplug_core.bench.measure import Machine
+        from mplug_core.model.config import MplugConfig
+
+        config, shape = MplugConfig.named(size), Shape(batch, image_tokens, text_tokens)
+        found = costs(variants, config, shape, repeats, where, advance)
+        return cost_report(variants, config, shape, found, Machine.here(where)), found
+
+
+def _quality(experiment: Experiment, variants: Sequence[Variant], repeats: int, threads: int | None) -> Report:
+    with measuring("training steps", None, "cpu", threads or experiment.recipe.engine.threads) as (_, advance):
+        from mplug_core.ablation.report import quality_report
+        from mplug_core.bench.measure import Machine
+
+        seconds = experiment.step_seconds(variants, repeats, advance)
+        return quality_report(experiment, variants, experiment.curves(variants), seconds, Machine.here())
+
+
+def _write_folder(
+    experiment: Experiment, variants: Sequence[Variant], costs: Report, quality: Report, found: dict[str, Cost]
+) -> None:
+    """``fusion.json``, ``.md``, ``.png`` and ``.html`` in the experiment's folder."""
+    import json
+    import statistics
+
+    from mplug_cli import fusion_figure, pages
+    from mplug_core.ablation.report import compared_metrics
+    from mplug_core.ablation.variants import distinct
+
+    curves = experiment.curves(variants)
+    lines = [
+        fusion_figure.Line(
+            f"{first.name} {first.layout(experiment.config)}",
+            statistics.median(quality.figures["step_seconds"][first.name]),
+            found[first.name].seconds.median,
+            curves[first.name],
+        )
+        for first in distinct(variants, experiment.config)
+    ]
+    metrics = compared_metrics(experiment.recipe)
+    figure = fusion_figure.draw(lines, metrics, quality.figures["seconds_in_equal_time"])
+    sections: pages.Sections = [
+        (report.title, [("", [list(report.columns), *map(list, report.rows)])]) for report in (costs, quality)
+    ]
+    notes = [[note] for report in (costs, quality) for note in (*report.notes, str(report.machine))]
+    page = pages.page("Fusion networks", pages.svg(figure), [*sections, ("Notes", [("", [[""], *notes])])])
+    objects = [json.loads(report.json()) for report in (costs, quality)]
+    _write(experiment.folder / "fusion.json", (json.dumps(objects, indent=1) + "\n").encode())
+    _write(experiment.folder / "fusion.md", (costs.markdown() + "\n" + quality.markdown()).encode())
+    _write(experiment.folder / "fusion.png", pages.png(figure))
+    _write(experiment.folder / "fusion.html", page.encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise MplugError(f"{file} can't be written: {error.strerror}", "check the folder") from error
