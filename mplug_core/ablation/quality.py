@@ -73,7 +73,7 @@ class Experiment:
             for source in values["data"]["sources"].values():
                 source["cached_views"] = source.get("cached_views") or 1
         varied = check_recipe(values, name=self.recipe.name)
-        return self._changed({"stages": stages}, run_name(variant, seed), varied)
+        return self._changed({"stages": stages}, self.run_of(variant, seed), varied)
 
     def _changed(self, update: dict[str, Any], run: str, recipe: Recipe | None = None, **run_fields: Any) -> Recipe:
         recipe = recipe or self.recipe
@@ -85,22 +85,29 @@ class Experiment:
         """The architecture but for the vocabulary."""
         return MplugConfig(**self.recipe.model.model_dump())
 
+    def run_of(self, variant: Variant, seed: int) -> str:
+        """The name of a run's folder: that of the network, whichever variant asks for it."""
+        return f"{variant.layout(self.config)}-seed{seed}"
+
     def train(self, variants: Sequence[Variant], watch: Watch) -> None:
         """Train what is not trained yet; what was interrupted goes on. Of networks that are the same only the first.
 
         Raises Preempted, with everything saved, when told to stop.
         """
         train(self.shared_recipe(), watch=watch)
-        (self.folder / FEATURES).mkdir(parents=True, exist_ok=True)
         for seed in self.seeds:
             for variant in distinct(variants, self.config):
-                run = self.folder / run_name(variant, seed)
-                run.mkdir(parents=True, exist_ok=True)
-                own = run / FEATURES
-                if not own.exists():
-                    own.symlink_to(Path("..") / FEATURES)
+                self._share_features(variant, seed)
                 watch("note", {"text": f"{variant.title}, seed {seed}"})
                 train(self.recipe_of(variant, seed), watch=watch)
+
+    def _share_features(self, variant: Variant, seed: int) -> None:
+        """Have a run look for its visual features where those of all runs are."""
+        (self.folder / FEATURES).mkdir(parents=True, exist_ok=True)
+        own = self.folder / self.run_of(variant, seed) / FEATURES
+        own.parent.mkdir(exist_ok=True)
+        if not own.exists():
+            own.symlink_to(Path("..") / FEATURES)
 
     def step_seconds(
         self, variants: Sequence[Variant], repeats: int = 8, advance: Callable[[str], None] = lambda name: None
@@ -112,6 +119,7 @@ class Experiment:
         return {variant.name: timings[first.name] for first, same in networks.items() for variant in same}
 
     def _step(self, variant: Variant) -> Callable[[], None]:
+        self._share_features(variant, self.seeds[0])
         trainer = Trainer(self.recipe_of(variant, self.seeds[0]), lambda kind, figures: None, "never")
         recipe, stage = trainer.recipe, trainer.stages[0]
         objectives = stage.objectives or recipe.objectives
@@ -143,18 +151,13 @@ class Experiment:
         for first, same in distinct(variants, self.config).items():
             metrics: dict[str, list[Curve]] = {}
             for seed in self.seeds:
-                log = read_log(self.folder / run_name(first, seed) / METRICS)
+                log = read_log(self.folder / self.run_of(first, seed) / METRICS)
                 if not log.evaluations:
                     raise DataError(f"{self.folder} has no evaluations of {first.name}", "train it first")
                 for name, curve in log.evaluations.items():
                     metrics.setdefault(name, []).append(curve)
             found |= {variant.name: metrics for variant in same}
         return found
-
-
-def run_name(variant: Variant, seed: int) -> str:
-    """The folder of a run."""
-    return f"{variant.name}-seed{seed}"
 
 
 def at_step(curve: Curve, step: float) -> float:

@@ -6,7 +6,7 @@ Two descriptions may be the same network: of six layers a stride of 6 connects n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mplug_core.errors import UsageError
@@ -22,7 +22,7 @@ class Variant:
 
     name: str
     title: str
-    fields: dict[str, Any]
+    fields: dict[str, Any] = field(compare=False)
 
     def configure(self, config: MplugConfig) -> MplugConfig:
         """``config`` with this fusion."""
@@ -39,12 +39,12 @@ class Variant:
 VARIANTS = (
     Variant("co", "co-attention", {"fusion": "co"}),
     Variant("connected", "connected in every layer", {"fusion": "connected"}),
+    Variant("asymmetric", "asymmetric co-attention", {"fusion": "asymmetric"}),
     *(
         Variant(f"skip{s}-{rule}", f"skip-connected, S={s}, {rule} rule", {"fusion": "skip", "stride": s, "rule": rule})
         for s in STRIDES
         for rule in ("paper", "released")
     ),
-    Variant("asymmetric", "asymmetric co-attention", {"fusion": "asymmetric"}),
 )
 
 
