@@ -22,7 +22,8 @@ STAGES = [
 
 def experiment(scenes: Path, folder: Path, *overrides: str) -> Experiment:
     recipe = scene_recipe(
-        scenes, folder / "unused", "run.evaluate_every=2", "data.sources.scenes.tasks={pretrain: 1, vqa: 1, patches: 1}",
+        scenes, folder / "unused", "run.evaluate_every=2",
+        "data.sources.scenes.tasks={pretrain: 1, vqa: 1, patches: 1}",
         *overrides, stages=STAGES, teacher={"alpha": 0, "queue_size": 0},
         evaluate={"val": {"path": str(scenes), "split": "val", "tasks": ["vqa"], "limit": 4}},
     )  # fmt: skip
