@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from mplug_core.ablation.variants import Variant, distinct
 from mplug_core.bench.measure import Timing, take_turns
@@ -92,9 +93,13 @@ class Experiment:
     def train(self, variants: Sequence[Variant], watch: Watch) -> None:
         """Train what is not trained yet; what was interrupted goes on. Of networks that are the same only the first.
 
+        Several processes may train different networks in one folder at the same time.
         Raises Preempted, with everything saved, when told to stop.
         """
-        train(self.shared_recipe(), watch=watch)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # two processes may each train some of the networks
+        with FileLock(self.folder / f".{SHARED}.lock"):
+            train(self.shared_recipe(), watch=watch)
         for seed in self.seeds:
             for variant in distinct(variants, self.config):
                 self._share_features(variant, seed)

@@ -38,7 +38,7 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Experimen
 
 
 def test_equal_networks_are_trained_once(trained: Experiment) -> None:
-    assert sorted(path.name for path in trained.folder.iterdir()) == [
+    assert sorted(path.name for path in trained.folder.glob("[!.]*")) == [
         "aa-seed0", "features", "jj-seed0", "shared",
     ]  # fmt: skip
 
