@@ -168,7 +168,7 @@ def bench_rerank(
     if "hf-blip" in against:
         sides = contest.blip.config
         report.notes.append(
-            f"HF BLIP: {sides.vision_config.num_hidden_layers} image layers of width {sides.vision_config.hidden_size}, "
+            f"HF BLIP: {sides.vision_config.num_hidden_layers} image layers, width {sides.vision_config.hidden_size}, "
             f"{sides.text_config.num_hidden_layers} text layers, all with cross-attention; its own random weights"
         )
     return report
