@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from mplug_cli import show
+from mplug_cli.bench import bench
 from mplug_cli.caption import caption
 from mplug_cli.data import data
 from mplug_cli.eval import evaluate
@@ -78,6 +79,7 @@ app.add_typer(recipe, name="recipe")
 app.add_typer(data, name="data")
 app.add_typer(model, name="model")
 app.add_typer(runs, name="runs")
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -74,6 +74,12 @@ class DecoderCache:
         prefix = self.layers[0].prefix
         return 0 if prefix is None else prefix[0].shape[2]
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the memory's keys and values, whatever they are views of."""
+        tensors = [tensor for layer in self.layers for tensor in layer.memory or ()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
     def reorder(self, sequences: Tensor, images: Tensor | None = None) -> None:
         """Row i becomes the old row ``sequences[i]``; with ``images`` also keep only those rows of the memory."""
         for layer in self.layers:

@@ -1,0 +1,17 @@
+"""``mplug bench``: how fast it is, measured here, and against what else does the same."""
+
+from __future__ import annotations
+
+import typer
+
+from mplug_cli.bench_decode import decode
+
+bench = typer.Typer(name="bench", help="Measure speed and memory here, side by side with others.", no_args_is_help=True)
+
+
+@bench.callback()
+def _group() -> None:
+    """Measure speed and memory here, side by side with others."""
+
+
+bench.command("decode")(decode)

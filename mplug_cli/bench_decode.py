@@ -1,0 +1,42 @@
+"""``mplug bench decode``: how fast captions are written, against HF BLIP and without a cache."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, chosen, measuring, show_report
+from mplug_cli.options import Device
+
+OPPONENTS = ("hf-blip", "plain")
+IMAGES = (1, 4)
+
+
+def decode(
+    size: Size = "base",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="NAME",
+            help="hf-blip: HF transformers' BLIP; plain: our own decoder without its cache. Repeatable; default: both.",
+        ),
+    ] = None,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    markdown: Markdown = None,
+) -> None:
+    """Beam search for 1 and 4 images with random weights: seconds, and the memory of the caches."""
+    names = chosen(against, OPPONENTS)
+    check_size(size)
+    turns = len(IMAGES) * (1 + len(names)) * (1 + repeats)
+    with measuring("decoding", turns, device, threads) as (device, advance):
+        from mplug_core.bench.decode import Captioning, bench_decode
+        from mplug_core.bench.sizes import image_tokens, measured_config
+
+        captioning = Captioning(image_tokens=image_tokens(size))
+        report = bench_decode(measured_config(size), captioning, names, IMAGES, repeats, device, advance)
+    show_report(report, as_json, markdown)
