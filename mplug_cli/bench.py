@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from mplug_cli.bench_decode import decode
+from mplug_cli.bench_train import train
 
 bench = typer.Typer(name="bench", help="Measure speed and memory here, side by side with others.", no_args_is_help=True)
 
@@ -15,3 +16,4 @@ def _group() -> None:
 
 
 bench.command("decode")(decode)
+bench.command("train")(train)

@@ -216,6 +216,12 @@ class MplugModel(nn.Module):
             self.decoder.checkpointing = "decoder" in towers
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers of all towers, each called as a whole."""
+        towers = [self.text, self.fusion, self.decoder]
+        return [*self.visual.layers, *(layer for tower in towers if tower is not None for layer in tower.layers)]
+
+    @property
     def parts(self) -> dict[str, nn.Module | nn.Parameter]:
         """What can be frozen by its name: the towers, heads and projections, and the temperature."""
         return {**dict(self.named_children()), **dict(self.named_parameters(recurse=False))}

@@ -116,6 +116,11 @@ class VisualEncoder(nn.Module):
     def _channels_first(self, grid: Tensor) -> Tensor:
         return grid.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else grid
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """A transformer's layers; a convolutional network has none."""
+        return list(self.backbone.blocks) if self.is_transformer else []
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.backbone.set_grad_checkpointing(enabled)
