@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mplug_core.errors import MplugError
+from mplug_core.generation import Decoding, generate
 from mplug_core.recipe import EngineSection, OptimizerSection
 from mplug_core.training import compilation
 from mplug_core.training.compilation import compile_layers
@@ -72,6 +73,20 @@ def test_goes_with_checkpointing(quick: None) -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, want in gradients[0].items():
         assert torch.allclose(gradients[1][name], want, atol=1e-3, rtol=1e-3), name
+
+
+def test_writes_as_before(quick: None) -> None:
+    """As an evaluation within a run does: other shapes, a cache, no gradient."""
+    model = small_model()
+    image, _, _ = random_inputs(model)
+    decoding = Decoding(strategy="beam", beams=3, max_tokens=8)
+    found = []
+    for _ in range(2):
+        with torch.inference_mode():
+            rows = generate(model.decoder, image.tokens, image.mask, decoding, start=1, end=2)
+        found.append([hypothesis.ids for row in rows for hypothesis in row])
+        compile_layers(model, CPU)
+    assert found[0] == found[1]
 
 
 def test_goes_with_deepspeed() -> None:
