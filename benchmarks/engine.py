@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from step import RealStep
 
+from mplug_core.bench.step import RealStep
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import EngineSection, Recipe, check_recipe, load_recipe
 from mplug_core.training.allocator import keep_freed_memory

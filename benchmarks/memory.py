@@ -87,8 +87,8 @@ def status(name: str) -> int:
 def work(row: dict[str, Any]) -> None:
     """Take steps and print what they took; runs in a process of its own."""
     import torch
-    from step import RealStep
 
+    from mplug_core.bench.step import RealStep
     from mplug_core.model.config import MplugConfig
     from mplug_core.training.distributed import World
     from mplug_core.training.engine import build_engine, import_deepspeed

@@ -6,6 +6,7 @@ import typer
 
 from mplug_cli.bench_decode import decode
 from mplug_cli.bench_rerank import rerank
+from mplug_cli.bench_train import train
 
 bench = typer.Typer(name="bench", help="Measure speed and memory here, side by side with others.", no_args_is_help=True)
 
@@ -17,3 +18,4 @@ def _group() -> None:
 
 bench.command("decode")(decode)
 bench.command("rerank")(rerank)
+bench.command("train")(train)

@@ -368,6 +368,9 @@ class EngineSection(Section):
     )
     accumulate: Positive = 1
     checkpointing: list[Tower] = Field(default_factory=list, description="towers that recompute activations")
+    compile: bool = Field(
+        False, description="torch.compile on the towers' layers: minutes at the start, needs a C++ compiler or Triton"
+    )
     offload: Literal["none", "optimizer", "parameters"] = "none"
     threads: Positive | None = None
 
@@ -375,6 +378,8 @@ class EngineSection(Section):
     def sound(self) -> EngineSection:
         if self.name == "deepspeed" and self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError("bf16 needs zero_stage >= 1: DeepSpeed's stage 0 miscounts Adam's steps in bf16")
+        if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
+            raise ValueError("compile needs zero_stage <= 2: DeepSpeed's stage 3 gathers weights within the layers")
         return self
 
 

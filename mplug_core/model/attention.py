@@ -28,21 +28,23 @@ def causal_mask(length: int, past: int = 0, device: torch.device | None = None) 
     return ones.tril(past)[None, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Scaled dot-product attention on ``[B, H, T, D]`` tensors; ``allowed`` broadcasts to ``[B, H, Tq, Tk]``.
+def fused_is_faster(query: Tensor) -> bool:
+    """Whether PyTorch's fused attention beats the three plain operations on such queries: everywhere but in
+    reduced-precision training on a CPU, where its backward pass is 2-6 times slower."""
+    return query.device.type != "cpu" or not torch.is_grad_enabled() or query.dtype in (torch.float32, torch.float64)
 
-    PyTorch's fused kernel is used everywhere but in reduced-precision training on a CPU, where its backward pass is
-    2-6 times slower than the three plain operations.
-    """
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Scaled dot-product attention on ``[B, H, T, D]`` tensors; ``allowed`` broadcasts to ``[B, H, Tq, Tk]``."""
     mask = None if allowed is None else additive_mask(allowed, query.dtype)
-    if query.device.type == "cpu" and torch.is_grad_enabled() and query.dtype in (torch.bfloat16, torch.float16):
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores + mask
-        # the CPU's softmax accumulates in fp32 whatever its input
-        weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
-        return weights @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    if fused_is_faster(query):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + mask
+    # the CPU's softmax accumulates in fp32 whatever its input
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    return weights @ value
 
 
 class LayerCache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from mplug_core.model.attention import DecoderCache, causal_mask, key_mask
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.text import BertLayer, Embeddings
+
+CHUNK_BYTES = 1 << 26
+"""Bytes that the fp32 logits of a chunk of rows take at most."""
+
+Reduce = Callable[[Tensor, slice], Tensor]
+"""Logits [m, V] of some rows, and which rows, to a number for each [m]."""
 
 
 class LanguageHead(nn.Module):
@@ -20,10 +28,32 @@ class LanguageHead(nn.Module):
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.chunk = max(1, CHUNK_BYTES // (4 * config.vocab_size))
 
-    def forward(self, hidden: Tensor, words: nn.Embedding) -> Tensor:
-        """``hidden`` [..., W] to logits [..., V]."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), words.weight, self.bias)
+    def forward(self, hidden: Tensor, words: nn.Embedding, reduce: Reduce | None = None) -> Tensor:
+        """``hidden`` [..., W] to logits [..., V]; with ``reduce``, ``hidden`` [M, W] to what it makes of them [M].
+
+        More rows than a chunk are reduced chunk by chunk, and each chunk's logits are computed again in the backward
+        pass, so that those of all rows are never there together. All chunks are one call of this module: processes
+        that share its weights may have different numbers of them.
+        """
+        hidden = self.norm(F.gelu(self.dense(hidden)))
+        if reduce is None:
+            return F.linear(hidden, words.weight, self.bias)
+
+        def reduced(part: Tensor, rows: slice) -> Tensor:
+            return reduce(F.linear(part, words.weight, self.bias), rows)
+
+        if len(hidden) <= self.chunk:
+            return reduced(hidden, slice(0, len(hidden)))
+        parts = []
+        for start in range(0, len(hidden), self.chunk):
+            rows = slice(start, min(start + self.chunk, len(hidden)))
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(reduced, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(reduced(hidden[rows], rows))
+        return torch.cat(parts)
 
 
 class Decoder(nn.Module):
@@ -70,6 +100,7 @@ class Decoder(nn.Module):
                 x = layer(x, allowed, memory, memory_mask, layer_cache)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden`` [..., W] to next-token logits [..., V]."""
-        return self.head(hidden, self.embeddings.words)
+    def logits(self, hidden: Tensor, reduce: Reduce | None = None) -> Tensor:
+        """``hidden`` [..., W] to next-token logits [..., V], or rows of it to what ``reduce`` makes of these (see
+        :class:`LanguageHead`)."""
+        return self.head(hidden, self.embeddings.words, reduce)

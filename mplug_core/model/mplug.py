@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mplug_core.errors import CheckpointError
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
-from mplug_core.model.decoder import Decoder, LanguageHead
+from mplug_core.model.decoder import Decoder, LanguageHead, Reduce
 from mplug_core.model.fusion import Fusion
 from mplug_core.model.text import TextEncoder
 from mplug_core.model.vision import VisualEncoder
@@ -216,6 +216,12 @@ class MplugModel(nn.Module):
             self.decoder.checkpointing = "decoder" in towers
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers of all towers, each called as a whole."""
+        towers = [self.text, self.fusion, self.decoder]
+        return [*self.visual.layers, *(layer for tower in towers if tower is not None for layer in tower.layers)]
+
+    @property
     def parts(self) -> dict[str, nn.Module | nn.Parameter]:
         """What can be frozen by its name: the towers, heads and projections, and the temperature."""
         return {**dict(self.named_children()), **dict(self.named_parameters(recurse=False))}
@@ -319,9 +325,10 @@ class MplugModel(nn.Module):
         """[B, T, W] to [B, 2]: does the text belong to the image (index 1)?"""
         return self.matching_head(fused_text[:, 0])
 
-    def masked_logits(self, hidden: Tensor) -> Tensor:
-        """Fused text [..., W] at masked positions to logits [..., V]."""
-        return self.masked_head(hidden, self.text.embeddings.words)
+    def masked_logits(self, hidden: Tensor, reduce: Reduce | None = None) -> Tensor:
+        """Fused text [..., W] at masked positions to logits [..., V], or rows of it to what ``reduce`` makes of these
+        (see :class:`LanguageHead`)."""
+        return self.masked_head(hidden, self.text.embeddings.words, reduce)
 
     def classify(self, name: str, fused_texts: list[Tensor]) -> Tensor:
         """Logits of classifier ``name`` from the fused text of each image of the example."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mplug_core.errors import CheckpointError
+from mplug_core.model.attention import fused_is_faster
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import nearest
 
@@ -29,6 +30,23 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) 
     square = cells.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
     return torch.cat([kept, resized.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(cells.dtype)])
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose windows lie side by side; on a CPU the matrix product that it is, which is faster: in fp32 by
+    up to a tenth, in bf16 six times."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``pixels`` [B, 3, H, W] to [B, C, H / patch, W / patch]."""
+        if pixels.device.type != "cpu":
+            return super().forward(pixels)
+        down, across = self.kernel_size
+        batch, channels, height, width = pixels.shape
+        rows, columns = height // down, width // across
+        pixels = pixels[:, :, : rows * down, : columns * across]
+        windows = pixels.reshape(batch, channels, rows, down, columns, across).permute(0, 2, 4, 1, 3, 5)
+        patches = F.linear(windows.reshape(batch, rows * columns, -1), self.weight.flatten(1), self.bias)
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 class VisualEncoder(nn.Module):
@@ -58,6 +76,7 @@ class VisualEncoder(nn.Module):
             reason = f"{vision.backbone} can't be built with options {vision.options}: {error}"
             raise CheckpointError(reason, "correct model.vision.options") from error
         self.is_transformer = isinstance(self.backbone, timm.models.vision_transformer.VisionTransformer)
+        self.attentions = [module for module in self.backbone.modules() if getattr(module, "fused_attn", False)]
         self.levels = list(vision.levels)
         self.width = self.backbone.num_features
         if self.is_transformer and not self.backbone.has_class_token:
@@ -66,6 +85,9 @@ class VisualEncoder(nn.Module):
             raise CheckpointError(f"{vision.backbone} has no levels", "leave model.vision.levels out")
         if self.is_transformer:
             self.grid = self.backbone.patch_embed.grid_size
+            projection = self.backbone.patch_embed.proj
+            if type(projection) is nn.Conv2d and projection.kernel_size == projection.stride:
+                projection.__class__ = PatchProjection  # with the weights that timm has initialised
             # the contrastive feature is read off the class token
             self.pooled_width = self.width
         else:
@@ -94,6 +116,11 @@ class VisualEncoder(nn.Module):
     def _channels_first(self, grid: Tensor) -> Tensor:
         return grid.permute(0, 3, 1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else grid
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """A transformer's layers; a convolutional network has none."""
+        return list(self.backbone.blocks) if self.is_transformer else []
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.backbone.set_grad_checkpointing(enabled)
@@ -101,6 +128,10 @@ class VisualEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """``pixels`` [B, 3, H, W] normalised; returns [B, N, C]."""
         if self.is_transformer:
+            fused = fused_is_faster(pixels)
+            for attention in self.attentions:
+                if attention.fused_attn != fused:  # timm's own switch, of this backbone alone
+                    attention.fused_attn = fused
             return self.backbone.forward_features(pixels)
         # on a CPU convolutions are faster with the channels of a pixel side by side
         pixels = pixels.contiguous(memory_format=torch.channels_last)

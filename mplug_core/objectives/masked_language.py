@@ -7,13 +7,13 @@ mixed into the target.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mplug_core.objectives.cross_entropy import token_cross_entropy
+from mplug_core.objectives.cross_entropy import Head, no_head, row_cross_entropy
 
 IGNORED = -100
 """Label of a position that is not asked."""
@@ -69,20 +69,30 @@ def _words(vocab_size: int, special: tuple[int, ...]) -> Tensor:
 
 
 def masked_language_loss(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float = 0.0
+    hidden: Tensor,
+    labels: Tensor,
+    teacher_hidden: Tensor | None = None,
+    alpha: float = 0.0,
+    *,
+    head: Head = no_head,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the hidden tokens.
 
     Args:
-        logits: [M, V] at the labelled positions only: ``model.mlm_logits(hidden[labels != -100])``. The vocabulary head
-            on every position would cost seven times as much for nothing.
+        hidden: [M, W] at the labelled positions only, ``fused[labels != -100]``: the vocabulary head on every position
+            would cost seven times as much for nothing. Without a ``head`` they are logits [M, V].
         labels: [M] original ids, ``labels[labels != -100]``. A -100 left among them is ignored.
-        teacher_logits: [M, V] of the teacher at the same positions.
+        teacher_hidden: the teacher's at the same positions.
         alpha: weight of ``softmax(teacher)`` over the vocabulary against the hard target.
+        head, teacher_head: as in :func:`row_cross_entropy`.
 
     Returns:
         Scalar; a zero that keeps the graph when nothing is labelled.
     """
     labelled = labels != IGNORED
-    losses = token_cross_entropy(logits, labels.masked_fill(~labelled, 0), teacher_logits=teacher_logits, alpha=alpha)
+    losses = row_cross_entropy(
+        hidden, labels.masked_fill(~labelled, 0),
+        head=head, teacher_rows=teacher_hidden, teacher_head=teacher_head, alpha=alpha,
+    )  # fmt: skip
     return losses.masked_fill(~labelled, 0.0).sum() / labelled.sum().clamp(min=1)

@@ -6,13 +6,13 @@ writes the rest. The same shifted next-token loss trains captions, answers and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mplug_core.objectives.cross_entropy import token_cross_entropy
+from mplug_core.objectives.cross_entropy import Head, no_head, row_cross_entropy
 
 
 class PrefixSplit(NamedTuple):
@@ -77,33 +77,40 @@ def split_prefix(
 
 
 def sequence_loss(
-    logits: Tensor,
+    hidden: Tensor,
     target_ids: Tensor,
     target_mask: Tensor,
     weights: Tensor | None = None,
     reduction: Literal["token", "sequence"] = "token",
     *,
+    head: Head = no_head,
     denominator: float | None = None,
-    teacher_logits: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
     alpha: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Next-token loss: position t of ``logits`` predicts token t + 1 of ``target_ids``.
+    """Next-token loss: position t of ``hidden`` predicts token t + 1 of ``target_ids``.
 
     Args:
-        logits: [B, T, V] of the decoder for the inputs ``target_ids``; the last position predicts nothing.
+        hidden: [B, T - 1, W] of the decoder for the inputs ``target_ids[:, :-1]``; without a ``head`` they are logits
+            [B, T - 1, V]. A last position that predicts nothing may be there, too.
         target_ids: [B, T], starting with the decoder's start token, which is never a label.
         target_mask: [B, T], nonzero at tokens that count as labels; zero at padding (and at a prompt that is given).
         weights: [B], weight of each sequence; None is one each.
         reduction: "token": sum over all counted tokens of w * nll / sum of w (the mean over tokens when unweighted).
             "sequence": sum over the sequences of w * (sum over its tokens) / ``denominator``.
         denominator: for "sequence"; None is B. VQA, with several answers to an image, gives the number of images.
-        teacher_logits, alpha, label_smoothing: as in :func:`token_cross_entropy`; teacher logits are [B, T, V].
+        teacher_hidden: the teacher's, of the shape of ``hidden``.
+        head, teacher_head, alpha, label_smoothing: as in :func:`row_cross_entropy`.
 
     Returns:
         Scalar; a zero that keeps the graph when no token counts.
     """
-    losses, rows = _token_losses(logits, target_ids, target_mask, teacher_logits, alpha, label_smoothing)
+    losses, rows = _token_losses(
+        hidden, target_ids, target_mask,
+        head=head, teacher=teacher_hidden, teacher_head=teacher_head, alpha=alpha, label_smoothing=label_smoothing,
+    )  # fmt: skip
     scale = torch.ones_like(losses) if weights is None else weights.to(losses)[rows]
     total = (losses * scale).sum()
     if reduction == "sequence":
@@ -115,40 +122,48 @@ def sequence_loss(
 
 
 def sequence_nll(
-    logits: Tensor,
+    hidden: Tensor,
     target_ids: Tensor,
     target_mask: Tensor,
     *,
-    teacher_logits: Tensor | None = None,
+    head: Head = no_head,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
     alpha: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """[B] sum of the next-token losses of each sequence; arguments as in :func:`sequence_loss`."""
-    losses, rows = _token_losses(logits, target_ids, target_mask, teacher_logits, alpha, label_smoothing)
+    losses, rows = _token_losses(
+        hidden, target_ids, target_mask,
+        head=head, teacher=teacher_hidden, teacher_head=teacher_head, alpha=alpha, label_smoothing=label_smoothing,
+    )  # fmt: skip
     return losses.new_zeros(len(target_ids)).index_add(0, rows, losses)
 
 
+def counted(target_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence and position [M] of each prediction that counts, in the order that a head is given them."""
+    return target_mask[:, 1:].nonzero(as_tuple=True)
+
+
 def _token_losses(
-    logits: Tensor,
+    hidden: Tensor,
     target_ids: Tensor,
     target_mask: Tensor,
-    teacher_logits: Tensor | None,
+    *,
+    head: Head,
+    teacher: Tensor | None,
+    teacher_head: Callable[[Tensor], Tensor] | None,
     alpha: float,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss of each counted token [M] and the sequence [M] that it belongs to.
 
-    The rows are gathered before the softmax, so padding costs no float32 copy and no exponentials of a vocabulary.
+    The rows are gathered before the head, so padding costs no product with a vocabulary.
     """
-    rows, columns = target_mask[:, 1:].nonzero(as_tuple=True)
-    labels = target_ids[rows, columns + 1]
-    if alpha == 0:
-        teacher_logits = None
-    losses = token_cross_entropy(
-        logits[rows, columns],
-        labels,
-        teacher_logits=None if teacher_logits is None else teacher_logits[rows, columns],
-        alpha=alpha,
-        label_smoothing=label_smoothing,
-    )
+    rows, columns = counted(target_mask)
+    losses = row_cross_entropy(
+        hidden[rows, columns], target_ids[rows, columns + 1],
+        head=head, teacher_rows=None if teacher is None else teacher[rows, columns], teacher_head=teacher_head,
+        alpha=alpha, label_smoothing=label_smoothing,
+    )  # fmt: skip
     return losses, rows

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mplug_core.generation import Decoding, generate
-from mplug_core.model.decoder import Decoder
-from mplug_core.objectives.prefix_language import sequence_nll
+from mplug_core.model.decoder import Decoder, Reduce
+from mplug_core.objectives.prefix_language import counted, sequence_nll
 from mplug_core.recipe import SelfCriticalSection
 
 Ids = list[int]
@@ -141,11 +141,19 @@ def log_probabilities(
         ids[row, : 1 + len(caption)] = torch.tensor([start, *caption])
     mask = (torch.arange(ids.shape[1]) <= lengths[:, None]).long()
     ids, mask, lengths = (tensor.to(memory.device) for tensor in (ids, mask, lengths))
+    never = torch.tensor(list(forbidden), dtype=torch.int64, device=memory.device)
+    early = counted(mask)[1] < min_tokens
+
+    def head(rows: Tensor, losses: Reduce) -> Tensor:
+        def allowed(logits: Tensor, part: slice) -> Tensor:
+            logits = logits.index_fill(-1, never, -torch.inf)
+            logits[:, end].masked_fill_(early[part], -torch.inf)
+            return losses(logits if temperature == 1 else logits / temperature, part)
+
+        return decoder.logits(rows, allowed)
+
     # the last token predicts nothing
-    logits = decoder.logits(decoder(ids[:, :-1], memory, memory_mask))
-    logits.index_fill_(-1, torch.tensor(list(forbidden), dtype=torch.int64, device=logits.device), -torch.inf)
-    logits[:, :min_tokens, end] = -torch.inf
-    scores = -sequence_nll(logits if temperature == 1 else logits / temperature, ids, mask)
+    scores = -sequence_nll(decoder(ids[:, :-1], memory, memory_mask), ids, mask, head=head)
     return scores.view(len(written), -1), lengths.view(len(written), -1)
 
 

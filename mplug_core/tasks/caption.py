@@ -109,10 +109,10 @@ class CaptionTask:
             memory, mask = model.memory(images[block["image"]])
         if context.wants("caption"):
             ids = block["target_ids"]
-            logits = model.decode(ids, memory, mask)
             losses["caption"] = sequence_loss(
-                logits, ids, block["target_mask"], label_smoothing=context.label_smoothing
-            )
+                model.decoder(ids[:, :-1], memory, mask), ids, block["target_mask"],
+                head=model.decoder.logits, label_smoothing=context.label_smoothing,
+            )  # fmt: skip
         if context.wants("self_critical"):
             losses["self_critical"] = self._self_critical(model, memory, mask, block["references"], context)
         return losses

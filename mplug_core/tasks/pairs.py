@@ -16,7 +16,7 @@ from torch import Tensor
 from mplug_core.data.batches import Block
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.contrastive import ContrastiveOutput, contrastive_loss
-from mplug_core.objectives.matching import hard_negatives, matching_loss
+from mplug_core.objectives.matching import HardNegatives, hard_negatives, matching_loss
 from mplug_core.tasks.task import Context
 
 
@@ -88,12 +88,19 @@ def _matching(
         output.image_to_text, image_ids, context.generator,
         text_to_image=output.text_to_image, text_groups=block["group"],
     )  # fmt: skip
-    here = torch.arange(len(text), device=text.device)
-    # one pass over positives, wrong texts and wrong images
-    which_image = torch.cat([here, here, negatives.image_of_text])
-    which_text = torch.cat([here, negatives.text_of_image, here])
-    _, fused = model.fuse(image[which_image], text[which_text], block["mask"][which_text])
+    fused = fuse_triples(model, image, text, block, negatives)
     positive, wrong_text, wrong_image = model.matching_logits(fused).chunk(3)
     matching = matching_loss(positive, (wrong_text, wrong_image), negatives.valid)
     context.count("itm_skipped", matching.skipped)
     return matching.loss
+
+
+def fuse_triples(
+    model: MplugModel, image: ImageEncoding, text: Tensor, block: Block, negatives: HardNegatives
+) -> Tensor:
+    """Fused texts [3 B, T, W] of the pairs, of their images with wrong texts, and of wrong images with their texts: one
+    pass over what is encoded already."""
+    here = torch.arange(len(text), device=text.device)
+    which_image = torch.cat([here, here, negatives.image_of_text])
+    which_text = torch.cat([here, negatives.text_of_image, here])
+    return model.fuse(image[which_image], text[which_text], block["mask"][which_text])[1]

@@ -60,21 +60,26 @@ class PretrainTask:
     def _masked(self, model: MplugModel, image: ImageEncoding, block: Block, context: Context) -> Tensor:
         labelled = block["labels"] != IGNORED
         _, fused = model.fuse(image, model.encode_text(block["masked"], block["mask"]), block["mask"])
-        logits = model.masked_logits(fused[labelled])
-        teacher_logits = None
+        hidden, taught, teacher_head = fused[labelled], None, None
         if context.teacher is not None and context.alpha > 0:
             with torch.no_grad(), context.autocast():
                 teacher = context.teacher.model
                 seen = context.teacher_images()[block["image"]]
                 _, fused = teacher.fuse(seen, teacher.encode_text(block["masked"], block["mask"]), block["mask"])
-                teacher_logits = teacher.masked_logits(fused[labelled])
-        return masked_language_loss(logits, block["labels"][labelled], teacher_logits, context.alpha)
+                taught, teacher_head = fused[labelled], context.taught(teacher.masked_logits)
+        return masked_language_loss(
+            hidden, block["labels"][labelled], taught, context.alpha,
+            head=model.masked_logits, teacher_head=teacher_head,
+        )  # fmt: skip
 
     def _prefix(self, model: MplugModel, image: ImageEncoding, block: Block, context: Context) -> Tensor:
         prefix, mask = block["prefix_ids"], block["prefix_mask"]
         memory, memory_mask = model.memory(image, model.encode_text(prefix, mask), mask)
-        logits = model.decode(block["target_ids"], memory, memory_mask)
-        return sequence_loss(logits, block["target_ids"], block["target_mask"], label_smoothing=context.label_smoothing)
+        ids = block["target_ids"]
+        return sequence_loss(
+            model.decoder(ids[:, :-1], memory, memory_mask), ids, block["target_mask"],
+            head=model.decoder.logits, label_smoothing=context.label_smoothing,
+        )  # fmt: skip
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         """Pairs are evaluated as captions and as retrieval."""

@@ -113,6 +113,15 @@ class Context:
         """Whether the recipe gives this objective any weight."""
         return self.weights.get(objective, 0.0) > 0
 
+    def taught(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A head of the teacher in the compute type of the run."""
+
+        def logits(rows: Tensor) -> Tensor:
+            with self.autocast():
+                return head(rows)
+
+        return logits
+
     def count(self, name: str, value: Tensor | int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + value
 

@@ -69,22 +69,25 @@ class VqaTask:
         """``answer``: sum over answers of weight * (sum over its tokens), over the number of questions."""
         if not context.wants("answer"):
             return {}
-        logits = self._logits(model, images, block)
-        teacher_logits = None
+        hidden, taught, teacher_head = self._hidden(model, images, block), None, None
         if context.teacher is not None and context.alpha > 0:
+            teacher = context.teacher.model
             with torch.no_grad(), context.autocast():
-                teacher_logits = self._logits(context.teacher.model, context.teacher_images(), block)
+                taught = self._hidden(teacher, context.teacher_images(), block)
+            teacher_head = context.taught(teacher.decoder.logits)
         loss = sequence_loss(
-            logits, block["target_ids"], block["target_mask"], block["weights"], "sequence",
-            denominator=len(block["ids"]), teacher_logits=teacher_logits,
-            alpha=0.0 if teacher_logits is None else context.alpha, label_smoothing=context.label_smoothing,
+            hidden, block["target_ids"], block["target_mask"], block["weights"], "sequence",
+            head=model.decoder.logits, denominator=len(block["ids"]),
+            teacher_hidden=taught, teacher_head=teacher_head,
+            alpha=0.0 if taught is None else context.alpha, label_smoothing=context.label_smoothing,
         )  # fmt: skip
         return {"answer": loss}
 
-    def _logits(self, model: MplugModel, images: ImageEncoding, block: Block) -> Tensor:
+    def _hidden(self, model: MplugModel, images: ImageEncoding, block: Block) -> Tensor:
         text = model.encode_text(block["ids"], block["mask"])
         memory, mask = model.memory(images[block["image"]], text, block["mask"])
-        return answer_logits(model, memory, mask, block["target_ids"], block["question"])
+        # the last token predicts nothing
+        return decode_answers(model, memory, mask, block["target_ids"][:, :-1], block["question"])
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Accuracies of :func:`mplug_core.metrics.vqa.score_answers`. Answers are generated, or with
@@ -135,8 +138,9 @@ def weighted_answers(record: QuestionRecord, most: int | None = None) -> list[tu
     return [(answer, weight / mass) for answer, weight in kept]
 
 
-def answer_logits(model: MplugModel, memory: Tensor, mask: Tensor, ids: Tensor, question: Tensor) -> Tensor:
-    """Next-token logits [A, L, V] of answers ``ids`` [A, L] to the questions of ``memory`` [Q, N, W] (mask [Q, N]).
+def decode_answers(model: MplugModel, memory: Tensor, mask: Tensor, ids: Tensor, question: Tensor) -> Tensor:
+    """The decoder's hidden states [A, L, W] of answers ``ids`` [A, L] to the questions of ``memory`` [Q, N, W] (mask
+    [Q, N]).
 
     ``question`` [A] is each answer's row of the memory, ascending. The answers of a question share its keys and values:
     the decoder gets as many slots for each as the question with the most answers has, and empty ones end there. That is
@@ -148,7 +152,7 @@ def answer_logits(model: MplugModel, memory: Tensor, mask: Tensor, ids: Tensor, 
     slots = question * most + place
     grid = ids.new_zeros(len(memory) * most, ids.shape[1])
     grid[slots] = ids
-    return model.decoder.logits(model.decoder(grid, memory, mask)[slots])
+    return model.decoder(grid, memory, mask)[slots]
 
 
 def answer_questions(

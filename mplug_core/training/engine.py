@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mplug_core.errors import RecipeError
 from mplug_core.recipe import EngineSection, OptimizerSection
+from mplug_core.training.compilation import compile_layers
 from mplug_core.training.distributed import World
 from mplug_core.training.engine_state import ClientState, ParameterState, ZeroState, load_state, save_state
 from mplug_core.training.optimizer import build_optimizer, parameter_groups, scheduled_lr
@@ -61,9 +62,11 @@ def build_engine(
     module: nn.Module, settings: EngineSection, optimizer: OptimizerSection, world: World, batch_size: int
 ) -> Engine:
     """The engine that a recipe names."""
+    if settings.name == "plain" and world.size > 1:
+        raise RecipeError("engine.name: plain runs in one process", "set engine.name=deepspeed")
+    if settings.compile:
+        compile_layers(module, world.device)
     if settings.name == "plain":
-        if world.size > 1:
-            raise RecipeError("engine.name: plain runs in one process", "set engine.name=deepspeed")
         return PlainEngine(module, settings, optimizer, world)
     return DeepSpeedEngine(module, settings, optimizer, world, batch_size)
 

@@ -18,7 +18,8 @@ from mplug_core.weights.tensor_files import read_tensors, write_tensors
 
 FREE = (
     "run.", "evaluate.", "data.root", "data.workers", "data.max_bad_fraction", "data.cache", "engine.threads",
-    "engine.name", "engine.zero_stage", "engine.checkpointing", "engine.offload", "engine.accumulate",
+    "engine.name", "engine.zero_stage", "engine.checkpointing", "engine.compile", "engine.offload",
+    "engine.accumulate",
 )  # fmt: skip
 """Keys of a recipe that may change when a run goes on: they say how it is computed and watched, not what it learns."""
 TOLD = ("engine.", "data.root")

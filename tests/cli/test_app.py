@@ -23,6 +23,7 @@ def test_help_and_usage_errors_do_without_torch():
         ["model", "export", "x", "y", "--format", "onnx", "--dtype", "bf16"], ["model", "push", "x", "org/name"],
         ["bench", "--help"], ["bench", "decode", "--help"], ["bench", "decode", "--size", "x"],
         ["bench", "rerank", "--against", "x"], ["bench", "rerank", "--device", "x"],
+        ["bench", "train", "--against", "x"], ["bench", "train", "--size", "x"], ["bench", "train", "--help"],
     ]  # fmt: skip
     code = (
         "import sys; from mplug_cli.app import main\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mplug_cli import bench_decode, bench_report, bench_rerank
-from mplug_core.bench import decode, rerank
+from mplug_cli import bench_decode, bench_report, bench_rerank, bench_train
+from mplug_core.bench import decode, rerank, train
 from mplug_core.bench.measure import Machine, Report
 
 
@@ -46,6 +46,27 @@ def test_threads_are_as_before_afterwards(mplug, reported) -> None:
     before = torch.get_num_threads()
     mplug("bench", "rerank", "--threads", str(before + 1))
     assert reported["threads"] == before + 1 and torch.get_num_threads() == before
+
+
+def test_train_really(mplug) -> None:
+    done = mplug("bench", "train", "--size", "tiny", "--batch", "2", "--repeats", "1", "--against", "mlm", "--json")
+    assert (done.code, done.err) == (0, "note: measuring training steps, 4 turns\n")
+    found = done.objects[0]
+    assert found["benchmark"] == "train" and found["batch"] == 2
+    assert [step["step"] for step in found["steps"]] == ["mplug", "mlm"]
+
+
+def test_compiling_is_measured_only_when_it_is_named(mplug, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def instead(config, pretraining, names, repeats, advance):
+        seen.append(names)
+        return Report("train", "A title", ("step",), Machine.here())
+
+    monkeypatch.setattr(train, "bench_train", instead)
+    mplug("bench", "train", "--size", "tiny")
+    mplug("bench", "train", "--size", "tiny", "--against", "compile")
+    assert seen == [list(bench_train.OPPONENTS[:-1]), ["compile"]] and "naive" in seen[0]
 
 
 def test_decode_really(mplug) -> None:

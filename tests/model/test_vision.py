@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from mplug_core.errors import CheckpointError
-from mplug_core.model.vision import VisualEncoder, resize_positions
+from mplug_core.model.vision import PatchProjection, VisualEncoder, resize_positions
 from tests.small import CNN, VIT, small_config, small_model
 
 
@@ -197,3 +199,42 @@ def test_backbone_that_gives_no_grid_is_refused() -> None:
     vision = {"backbone": "mixer_s32_224", "image_size": 224}
     with pytest.raises(CheckpointError, match="mixer_s32_224"):
         VisualEncoder(small_config(vision=vision))
+
+
+@pytest.mark.parametrize("size", [32, 37])
+def test_patch_projection_is_the_convolution(size: int) -> None:
+    made = PatchProjection(3, 16, 8, 8)
+    pixels = torch.randn(2, 3, size, size, requires_grad=True)
+    gradients = []
+    for found in (made(pixels), torch.nn.Conv2d.forward(made, pixels)):
+        made.zero_grad()
+        gradients.append((found.detach(), *torch.autograd.grad(found.square().sum(), (pixels, *made.parameters()))))
+    for got, want in zip(*gradients, strict=True):
+        assert torch.allclose(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_transformers_project_patches_under_the_names_of_timm() -> None:
+    encoder = VisualEncoder(small_config())
+    assert type(encoder.backbone.patch_embed.proj) is PatchProjection
+    assert "patch_embed.proj.weight" in encoder.backbone.state_dict()
+
+
+def test_attention_is_fused_unless_bf16_is_trained_on_a_cpu() -> None:
+    encoder, other = VisualEncoder(small_config()), VisualEncoder(small_config())
+    blocks, pixels = encoder.backbone.blocks, torch.randn(1, 3, 32, 32)
+    encoder(pixels)
+    assert all(block.attn.fused_attn for block in blocks)
+    encoder.bfloat16()
+    half = encoder(pixels.bfloat16())
+    assert not any(block.attn.fused_attn for block in blocks)
+    with torch.no_grad():
+        assert torch.allclose(encoder(pixels.bfloat16()).float(), half.detach().float(), atol=0.1)
+    assert all(block.attn.fused_attn for block in [*blocks, *other.backbone.blocks])
+
+
+def test_a_copy_chooses_its_own_attention() -> None:
+    encoder = VisualEncoder(small_config())
+    copied = deepcopy(encoder)
+    copied.bfloat16()(torch.randn(1, 3, 32, 32).bfloat16())
+    assert all(block.attn.fused_attn for block in encoder.backbone.blocks)
+    assert not any(block.attn.fused_attn for block in copied.backbone.blocks)

@@ -116,7 +116,7 @@ def test_distillation_and_smoothing_by_hand():
     teacher = torch.zeros_like(LOGITS)  # uniform everywhere
     # against a uniform target a row costs the mean of -ln p: (ln2 + 2 ln4)/3, (ln6 + ln3 + ln2)/3, (2 ln4 + ln2)/3
     soft = [(log(2) + 2 * log(4) + log(6) + log(3) + log(2)) / 3, (2 * log(4) + log(2)) / 3]
-    losses = sequence_nll(LOGITS, IDS, KEEP, teacher_logits=teacher, alpha=0.4)
+    losses = sequence_nll(LOGITS, IDS, KEEP, teacher_hidden=teacher, alpha=0.4)
     assert losses.tolist() == pytest.approx([0.6 * FIRST + 0.4 * soft[0], 0.6 * SECOND + 0.4 * soft[1]])
     # smoothing is distillation from a teacher that knows nothing
     torch.testing.assert_close(sequence_nll(LOGITS, IDS, KEEP, label_smoothing=0.4), losses)
@@ -131,7 +131,7 @@ def test_gradient(reduction: str, alpha: float):
     weights = torch.tensor([0.3, 0.7])
 
     def loss(x):
-        return sequence_loss(x, IDS, KEEP, weights, reduction, teacher_logits=teacher, alpha=alpha, label_smoothing=0.1)
+        return sequence_loss(x, IDS, KEEP, weights, reduction, teacher_hidden=teacher, alpha=alpha, label_smoothing=0.1)
 
     assert torch.autograd.gradcheck(loss, logits)
     loss(logits).backward()
@@ -148,7 +148,7 @@ def test_nothing_to_predict_keeps_the_graph(reduction: str):
 
 
 def test_bfloat16_in_float32_out():
-    loss = sequence_loss(LOGITS.bfloat16(), IDS, KEEP, teacher_logits=LOGITS.bfloat16(), alpha=0.4)
+    loss = sequence_loss(LOGITS.bfloat16(), IDS, KEEP, teacher_hidden=LOGITS.bfloat16(), alpha=0.4)
     assert loss.dtype == torch.float32 and loss.isfinite()
 
 
@@ -169,7 +169,7 @@ def test_golden_decoder_losses():
     torch.testing.assert_close(sequence_nll(logits, ids, mask), golden["out.lm_loss_per_sequence"], atol=1e-4, rtol=0)
     # the golden soft labels are the teacher's probabilities for the predicting positions
     teacher = torch.nn.functional.pad(golden["in.soft_labels"].log(), (0, 0, 0, 1))
-    soft = {"teacher_logits": teacher, "alpha": 0.4}
+    soft = {"teacher_hidden": teacher, "alpha": 0.4}
     torch.testing.assert_close(
         sequence_nll(logits, ids, mask, **soft), golden["out.lm_loss_soft_alpha0.4_vocabdim"], atol=1e-4, rtol=0
     )

@@ -16,7 +16,7 @@ from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.model.teacher import Teacher
 from mplug_core.objectives.prefix_language import sequence_nll
 from mplug_core.tasks.task import Context, Texts
-from mplug_core.tasks.vqa import VqaTask, answer_logits
+from mplug_core.tasks.vqa import VqaTask, decode_answers
 from mplug_core.weights.official import Conversion
 from tests.parity.golden import EXACT, LOSS, Checks, Folder, released_part
 
@@ -44,8 +44,8 @@ def loss(folder: Folder, name: str, checks: Checks) -> None:
     checks.compare("mid.fused_image", fused_image, t["mid.fused_image"])
     checks.compare("mid.fused_question", fused_text, t["mid.fused_question"])
     memory, memory_mask = model.memory(encoding, model.encode_text(ids, mask), mask)
-    logits = answer_logits(model, memory, memory_mask, block["target_ids"], block["question"])
-    losses = sequence_nll(logits, block["target_ids"], block["target_mask"])
+    hidden = decode_answers(model, memory, memory_mask, block["target_ids"], block["question"])
+    losses = sequence_nll(hidden, block["target_ids"], block["target_mask"], head=model.decoder.logits)
     checks.compare("out.answer_losses_plain", losses, t["out.answer_losses_plain"], LOSS)
     distilled(folder, name, checks, model, conversion, block)
 

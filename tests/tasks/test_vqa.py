@@ -23,7 +23,7 @@ from mplug_core.model.teacher import Teacher
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks import vqa
 from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Texts
-from mplug_core.tasks.vqa import VqaTask, answer_logits, answer_questions, rank_answers, weighted_answers
+from mplug_core.tasks.vqa import VqaTask, answer_questions, decode_answers, rank_answers, weighted_answers
 from tests.small import CNN, small_model
 
 TASK = VqaTask()
@@ -129,7 +129,7 @@ class TestLoss:
         mask[1, 2:] = 0
         ids, question = torch.randint(5, 40, (6, 4)), torch.tensor([0, 0, 0, 1, 2, 2])
         with torch.no_grad():
-            got = answer_logits(ready.model, memory, mask, ids, question)
+            got = ready.model.decoder.logits(decode_answers(ready.model, memory, mask, ids, question))
             want = ready.model.decode(ids, memory[question], mask[question])
         assert torch.allclose(got, want, atol=1e-4)
 
@@ -248,7 +248,8 @@ class TestAnswers:
                 memory = ready.model.memory(
                     images[torch.tensor([row])], ready.model.encode_text(asked, asked_mask), asked_mask
                 )
-                logits = answer_logits(ready.model, *memory, ids, torch.zeros(5, dtype=torch.int64))
+                hidden = decode_answers(ready.model, *memory, ids, torch.zeros(5, dtype=torch.int64))
+                logits = ready.model.decoder.logits(hidden)
             logp = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
             want = (logp * mask[:, 1:]).sum(1)
             order = want.argsort(descending=True, stable=True).tolist()

@@ -29,13 +29,21 @@ def test_every_difference_is_told_and_counted() -> None:
 
 def test_how_it_is_computed_may_change_and_is_told() -> None:
     engine = {"name": "plain", "zero_stage": 2, "accumulate": 1, "checkpointing": [], "offload": "none", "threads": 1}
-    other = {"name": "deepspeed", "zero_stage": 3, "accumulate": 4, "checkpointing": ["text"], "offload": "optimizer"}
+    other = {
+        "name": "deepspeed",
+        "zero_stage": 3,
+        "accumulate": 4,
+        "checkpointing": ["text"],
+        "compile": True,
+        "offload": "optimizer",
+    }
     old = {"engine": {**engine, "precision": "bf16"}, "run": {"keep": 1}, "evaluate": {"val": {"limit": 3}}}
     new = {"engine": {**other, "precision": "bf16", "threads": None}, "run": {"keep": 5}, "evaluate": {}}
     data = {"root": "there", "workers": 3, "max_bad_fraction": 0.5, "cache": "/fast", "cache_gb": 9}
     told = refuse_other_recipe(old, {**new, "data": data}, Path("r"))
     assert [line.split(":")[0] for line in told] == [
-        "data.root", "engine.checkpointing", "engine.name", "engine.offload", "engine.threads", "engine.zero_stage",
+        "data.root", "engine.checkpointing", "engine.compile", "engine.name", "engine.offload", "engine.threads",
+        "engine.zero_stage",
     ]  # fmt: skip
     with pytest.raises(CheckpointError, match=r"engine\.precision: bf16 -> fp32"):
         refuse_other_recipe(old, {"engine": {**engine, "precision": "fp32"}}, Path("r"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
 from mplug_core.recipe import StageSection
 from mplug_core.training.engine import Engine
@@ -26,15 +25,18 @@ class RealStep:
             if batch.pixels is not None:
                 batch.pixels = torch.randn(batch.pixels.shape)
 
-    def compute(self, engine: Engine) -> Any:
-        """One update of the weights, and of the teacher; returns the last loss."""
-        accumulate = self.bench.recipe.engine.accumulate
+    def loss(self, engine: Engine) -> Tensor:
+        """The sum of the losses on the batches, with the same draws at every call."""
         enabled = engine.dtype != torch.float32
         autocast = lambda: torch.autocast("cpu", engine.dtype, enabled=enabled)  # noqa: E731
-        for _ in range(accumulate):
-            moved = [batch.to(torch.device("cpu"), engine.dtype) for batch in self.batches]
-            contexts = [self.parts.context(self.bench.recipe, batch, self.objectives, autocast) for batch in moved]
-            loss, _ = engine.forward(moved, contexts, self.objectives)
+        moved = [batch.to(torch.device("cpu"), engine.dtype) for batch in self.batches]
+        contexts = [self.parts.context(self.bench.recipe, batch, self.objectives, autocast) for batch in moved]
+        return engine.forward(moved, contexts, self.objectives)[0]
+
+    def compute(self, engine: Engine) -> float:
+        """One update of the weights, and of the teacher; returns the last loss."""
+        for _ in range(self.bench.recipe.engine.accumulate):
+            loss = self.loss(engine)
             engine.backward(loss)
             engine.step(0, 100)
         if self.parts.teacher is not None:
