@@ -23,6 +23,7 @@ from mplug_core.data.shards.source import ShardSource, text_records
 from mplug_core.data.text import Tokenizer, texts_of
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import Teacher, build_teacher
 from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection, nearest
@@ -520,7 +521,7 @@ class Trainer:
         """The recipe's evaluations, on the first process: metrics by ``name/task/metric``."""
         if self.average is not None:
             state = self.average.model.state_dict()
-        with torch.device("meta"):
+        with hollow():
             model = MplugModel(self.config)
         model.load_state_dict({k: v.detach().float() for k, v in state.items()}, assign=True)
         fill_buffers(model)

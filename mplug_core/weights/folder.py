@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError, UsageError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import VisualEncoder, resize_positions
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
@@ -270,7 +271,7 @@ def read_native(folder: Path, image_size: int | None = None) -> Stored:
 def resize(config: MplugConfig, state: dict[str, torch.Tensor], image_size: int) -> MplugConfig:
     """The configuration for another image size; the positions of patches or cells in ``state`` are resized to it."""
     resized = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
-    with torch.device("meta"):
+    with hollow():
         visual = VisualEncoder(resized)
     if visual.is_transformer:
         patches(image_size, visual.backbone.patch_embed.patch_size[0])
@@ -306,7 +307,7 @@ def load_model(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
+    with hollow():
         model = MplugModel(config)
     if is_quantised(state):  # int8 weights stay as they are where the device computes with them
         state = with_int8_layers(model, state) if computes_int8(device, dtype) else dequantise(state)
