@@ -369,7 +369,7 @@ class EngineSection(Section):
     accumulate: Positive = 1
     checkpointing: list[Tower] = Field(default_factory=list, description="towers that recompute activations")
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    threads: Positive | None = None
+    threads: Positive | None = Field(None, description="of a process; default: its share of the cores it may use")
 
     @model_validator(mode="after")
     def sound(self) -> EngineSection:

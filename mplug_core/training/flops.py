@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mplug_core.data.batches import Batch, Source
 from mplug_core.data.text import Tokenizer
+from mplug_core.device import multiplies_bf16
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.recipe import Recipe, StageSection
-from mplug_core.training.precision import multiplies_bf16
 from mplug_core.training.tracing import ShapeMode, Trace, fused_attention
 from mplug_core.training.workload import Workbench, build_parts
 

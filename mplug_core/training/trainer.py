@@ -14,6 +14,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from mplug_core.cpu import settle_threads
 from mplug_core.data.batches import Source
 from mplug_core.data.records.types import KINDS, Records
 from mplug_core.data.scenes import holds_scenes, write_scenes
@@ -21,6 +22,7 @@ from mplug_core.data.shards.reading import Pack
 from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource, text_records
 from mplug_core.data.text import Tokenizer, texts_of
+from mplug_core.device import multiplies_bf16
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
@@ -49,7 +51,7 @@ from mplug_core.training.features import cache_features
 from mplug_core.training.journal import Journal
 from mplug_core.training.loop import Progress, StageLoop, Watch
 from mplug_core.training.optimizer import for_stage
-from mplug_core.training.precision import multiplies_bf16, settled
+from mplug_core.training.precision import settled
 from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe, restore_random, share_lots
 from mplug_core.training.stand_in import StandIn
 from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, new_vocabulary, words_without_piece
@@ -95,9 +97,7 @@ class Trainer:
         self.pieces = 1
         self.recipe = recipe = self._same_batch(self._same_precision(recipe))
         self.stop_signal: int | None = None
-        if recipe.engine.threads:
-            torch.set_num_threads(recipe.engine.threads)
-        torch.set_flush_denormal(True)
+        settle_threads(recipe.engine.threads, self.world.size if self.world.device.type == "cpu" else 1)
         if self.world.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(recipe.seed)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mplug_core.data.text import Tokenizer
+from mplug_core.device import choose_dtype
 from mplug_core.errors import CheckpointError, UsageError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
@@ -291,7 +292,7 @@ def load_model(
     without: Iterable[str] = (),
     image_size: int | None = None,
 ) -> Loaded:
-    """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
+    """Read a model for inference, in ``dtype`` (default: see :func:`~mplug_core.device.choose_dtype`).
 
     Parameters are mapped from the file, not built and overwritten; those of another type are converted one after the
     other. ``without`` names parts (of :data:`LEAVABLE`) that the task at hand does not use (for captions ``text`` and
@@ -305,10 +306,10 @@ def load_model(
     config, state = whole.config, whole.state
     skipped = tuple(f"{part}." for part in without)
     device = torch.device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with hollow():
         model = MplugModel(config)
+    if dtype is None:  # int8 kernels take fp32 activations
+        dtype = choose_dtype(device, matrices=model.visual.is_transformer and not is_quantised(state))
     if is_quantised(state):  # int8 weights stay as they are where the device computes with them
         state = with_int8_layers(model, state) if computes_int8(device, dtype) else dequantise(state)
     if state is not stored.state:
