@@ -15,6 +15,7 @@ from mplug_cli import show
 from mplug_cli.options import Device, Threads
 from mplug_cli.streams import json_line, write_line
 from mplug_cli.vqa import read_answers
+from mplug_core.allocator import keep_freed_memory
 from mplug_core.cpu import asked_threads, settle_threads
 from mplug_core.device import asked_dtype, check_device, choose_device
 from mplug_core.errors import DataError, MplugError, UsageError
@@ -139,9 +140,12 @@ def evaluate(
 
     # before anything is computed: nothing is worse than an hour's predictions with nowhere to go
     out, submitted = _open(predictions, "--predictions"), _open(results, "--results")
+    where = choose_device(device)
     settle_threads(threads)
+    if where == "cpu":
+        keep_freed_memory()
     with show.downloads(quiet):
-        loaded = load_model(model, choose_device(device))
+        loaded = load_model(model, where)
     spec = DataSpec(path=data, split=split, format=layout, images=images)
     repeated = DataSpec(path=train, split=train_split) if train else None
     empty = False

@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mplug_core.allocator import keep_freed_memory
 from mplug_core.cpu import settle_threads
 from mplug_core.data.images import placed_transform
 from mplug_core.data.pictures import ImageSource, Picture, open_picture
@@ -156,6 +157,9 @@ class Mplug(Loaded):
             local_files_only: take what was downloaded before, and no network.
             without: parts (``text``, ``fusion``, ``decoder``) to leave out of memory; what needs them fails.
 
+        On a CPU the process then computes with the cores that it may use, see :func:`~mplug_core.cpu.settle_threads`,
+        and keeps memory that was freed for the next batch.
+
         Raises:
             CheckpointError: there is no such model, or it is damaged; MplugError: this machine has no such device.
 
@@ -171,6 +175,8 @@ class Mplug(Loaded):
             _whole_number("image_size", image_size, 1)
         where = choose_device(None if device is None else str(device))
         settle_threads()
+        if where == "cpu":
+            keep_freed_memory()
         with _offline(local_files_only):
             loaded = load_model(name, where, _dtype(dtype), without, image_size)
         return cls(**{part.name: getattr(loaded, part.name) for part in fields(loaded)})

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("mplug_core.errors", "mplug_core.recipe", "mplug_core.device", "mplug_core.cpu"),
+    ("mplug_core.errors", "mplug_core.recipe", "mplug_core.device", "mplug_core.cpu", "mplug_core.allocator"),
     ("mplug_core.model",),
     ("mplug_core.objectives", "mplug_core.generation"),
     ("mplug_core.data",),

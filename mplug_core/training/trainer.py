@@ -14,6 +14,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from mplug_core.allocator import keep_freed_memory
 from mplug_core.cpu import settle_threads
 from mplug_core.data.batches import Source
 from mplug_core.data.records.types import KINDS, Records
@@ -35,7 +36,6 @@ from mplug_core.tasks.registry import TASKS, evaluated_task
 from mplug_core.tasks.task import EvaluateOptions, Ready, Texts
 from mplug_core.training.agreement import together
 from mplug_core.training.alignment import Alignment
-from mplug_core.training.allocator import keep_freed_memory
 from mplug_core.training.checkpoint import (
     ANEW,
     latest_checkpoint,

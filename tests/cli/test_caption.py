@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from mplug_cli import caption
 from mplug_cli.app import main
