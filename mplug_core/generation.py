@@ -147,6 +147,8 @@ def generate(
     room = positions - len(first)
     if room < 1:
         raise ValueError(f"a prompt of {len(first)} tokens leaves nothing of the decoder's {positions} positions")
+    if memory_mask is not None and bool(memory_mask.all()):
+        memory_mask = None
     state = _Search(decoder, memory, memory_mask, decoding, first, end, forbidden or [], min(decoding.max_tokens, room))
     if decoding.strategy == "released":
         found = _released_beam(state)
@@ -185,10 +187,10 @@ class _Search:
         self.cache = DecoderCache(len(decoder.layers)) if decoding.use_cache else None
 
     def begin(self, per_image: int) -> None:
-        """Start ``per_image`` equal sequences for every image."""
+        """Start ``per_image`` equal sequences for every image. What they start with is computed once for an image."""
         start = torch.tensor(self.first, device=self.memory.device)
         self.ids = start.repeat(self.images * per_image, 1)
-        self.unseen = self.ids
+        self.unseen = start.repeat(self.images, 1)
 
     def log_probabilities(self, step: int) -> Tensor:
         """[sequences, V] of the next token in fp32, with what is not allowed at -inf."""
@@ -197,6 +199,10 @@ class _Search:
         else:
             hidden = self.decoder(self.unseen, self.memory, self.memory_mask, self.cache)
         logp = self.decoder.logits(hidden[:, -1]).float().log_softmax(-1)
+        if len(logp) < len(self.ids):
+            images = torch.arange(len(logp), device=logp.device).repeat_interleave(len(self.ids) // len(logp))
+            logp = logp.index_select(0, images)
+            self.cache.reorder(images)
         if step < self.decoding.min_tokens:
             logp[:, self.end] = -torch.inf
         if self.forbidden:

@@ -110,6 +110,16 @@ def test_cache_changes_nothing(name: str, no_repeat: int) -> None:
         assert one.score == pytest.approx(other.score, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_sequences_start_with_is_computed_once_for_an_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, tokens, mask = memory()
+    forward, seen = decoder.forward, []
+    monkeypatch.setattr(decoder, "forward", lambda ids, *rest: seen.append(tuple(ids.shape)) or forward(ids, *rest))
+    run(decoder, tokens, mask, prompt=[8, 9], max_tokens=2, min_tokens=2, **STRATEGIES[name])
+    per_image = {"greedy": 1, "sample": 3}.get(name, 4)
+    assert seen == [(3, 3), (3 * per_image, 1)]
+
+
 @pytest.mark.parametrize("name", ["greedy", "beam", "released"])
 def test_batch_equals_one_by_one(name: str) -> None:
     decoder, tokens, mask = memory()

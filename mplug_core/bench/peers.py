@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mplug_core.model.attention import CrossAttention, SelfAttention
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.decoder import Decoder
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.text import BertLayer
 
 
@@ -74,3 +75,33 @@ def _projections(attention: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     assert isinstance(attention, CrossAttention)
     query, kv = attention.query, attention.kv
     return [query.weight, *kv.weight.chunk(2)], [query.bias, *kv.bias.chunk(2)]
+
+
+def blip_matching(model: MplugModel) -> Any:
+    """``BlipForImageTextRetrieval`` of the model's widths and depths with random weights, in evaluation mode.
+
+    Its text encoder has as many layers as our text encoder and fusion together. Its image encoder is the model's vision
+    transformer, or in the place of a convolutional network one of 12 layers and the model's width.
+    """
+    from transformers import BlipConfig, BlipForImageTextRetrieval
+
+    config, backbone = model.config, model.visual.backbone
+    vision = {"image_size": config.vision.image_size, "initializer_range": 0.02}
+    if model.visual.is_transformer:
+        first = backbone.blocks[0]
+        vision |= {
+            "hidden_size": backbone.embed_dim, "num_hidden_layers": len(backbone.blocks),
+            "num_attention_heads": first.attn.num_heads, "intermediate_size": first.mlp.fc1.out_features,
+            "patch_size": backbone.patch_embed.patch_size[0],
+        }  # fmt: skip
+    else:
+        vision |= {
+            "hidden_size": config.width, "num_attention_heads": config.heads, "intermediate_size": config.intermediate
+        }  # fmt: skip
+    text = {
+        "hidden_size": config.width, "intermediate_size": config.intermediate, "vocab_size": config.vocab_size,
+        "encoder_hidden_size": vision["hidden_size"], "num_attention_heads": config.heads,
+        "num_hidden_layers": config.text_layers + config.fusion_layers, "max_position_embeddings": config.max_positions,
+        "bos_token_id": None, "eos_token_id": None, "sep_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    return BlipForImageTextRetrieval(BlipConfig(vision_config=vision, text_config=text)).eval()

@@ -49,15 +49,47 @@ class LayerCache:
     """Keys and values of one decoder layer: the prefix of each sequence, and the memory once per *image*."""
 
     def __init__(self) -> None:
-        self.prefix: tuple[Tensor, Tensor] | None = None
         self.memory: tuple[Tensor, Tensor] | None = None
+        self._prefix: tuple[Tensor, Tensor] | None = None
+        self._order: Tensor | None = None
+
+    @property
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[B, H, T, D]`` of all tokens so far."""
+        if self._prefix is not None and self._order is not None:
+            self.prefix = tuple(t.index_select(0, self._order) for t in self._prefix)
+        return self._prefix
+
+    @prefix.setter
+    def prefix(self, prefix: tuple[Tensor, Tensor]) -> None:
+        self._prefix, self._order = prefix, None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens so far."""
+        return 0 if self._prefix is None else self._prefix[0].shape[2]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes the old row ``rows[i]``: when the next tokens come, so that a step copies the prefix once."""
+        if self._prefix is not None:
+            self._order = rows if self._order is None else self._order[rows]
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append ``[B, H, t, D]`` keys and values and return all of them."""
-        if self.prefix is not None:
-            key, value = torch.cat([self.prefix[0], key], 2), torch.cat([self.prefix[1], value], 2)
+        if self._prefix is not None:
+            key, value = self._append(self._prefix[0], key), self._append(self._prefix[1], value)
         self.prefix = (key, value)
-        return self.prefix
+        return key, value
+
+    def _append(self, old: Tensor, new: Tensor) -> Tensor:
+        if self._order is None:
+            return torch.cat([old, new], 2)
+        rows, heads, length, size = new.shape
+        past = old.shape[2]
+        joined = new.new_empty(rows, heads, past + length, size)
+        torch.index_select(old, 0, self._order, out=joined[:, :, :past])
+        joined[:, :, past:] = new
+        return joined
 
 
 class DecoderCache:
@@ -69,8 +101,7 @@ class DecoderCache:
     @property
     def length(self) -> int:
         """Number of tokens that every sequence has seen."""
-        prefix = self.layers[0].prefix
-        return 0 if prefix is None else prefix[0].shape[2]
+        return self.layers[0].length
 
     @property
     def memory_bytes(self) -> int:
@@ -81,8 +112,7 @@ class DecoderCache:
     def reorder(self, sequences: Tensor, images: Tensor | None = None) -> None:
         """Row i becomes the old row ``sequences[i]``; with ``images`` also keep only those rows of the memory."""
         for layer in self.layers:
-            if layer.prefix is not None:
-                layer.prefix = tuple(t.index_select(0, sequences) for t in layer.prefix)
+            layer.reorder(sequences)
             if images is not None and layer.memory is not None:
                 layer.memory = tuple(t.index_select(0, images) for t in layer.memory)
 

@@ -56,7 +56,9 @@ class Decoder(nn.Module):
         only. ``mask`` [B, T] (1 = real) hides padding within ``ids``; right padding needs none.
         """
         past = cache.length if cache is not None else 0
-        allowed = causal_mask(ids.shape[1], past, ids.device)
+        # a single token sees all that were before it
+        alone = ids.shape[1] == 1 and mask is None
+        allowed = None if alone else causal_mask(ids.shape[1], past, ids.device)
         if mask is not None:
             allowed = allowed & key_mask(mask)
         x = self.embeddings(ids, past)

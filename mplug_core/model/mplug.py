@@ -296,11 +296,20 @@ class MplugModel(nn.Module):
     def memory(
         self, image: ImageEncoding, text: Tensor | None = None, text_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the decoder looks at, and its mask: the fused [image ; text], or without a text the image alone."""
+        """What the decoder looks at, and its mask: the fused [image ; text], or without a text the image alone.
+
+        Texts on the same image may share it, lying next to each other (see :class:`Fusion`); each gets a row.
+        """
         if text is None:
             return image.tokens, image.mask
         fused_image, fused_text = self.fuse(image, text, text_mask)
-        return torch.cat([fused_image, fused_text], 1), torch.cat([image.mask, text_mask.bool()], 1)
+        image_mask = image.mask
+        if len(image) != len(text):
+            fused_image, image_mask = (
+                t if len(t) == len(text) else t.repeat_interleave(len(text) // len(t), 0)
+                for t in (fused_image, image_mask)
+            )
+        return torch.cat([fused_image, fused_text], 1), torch.cat([image_mask, text_mask.bool()], 1)
 
     def decode(
         self, ids: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: DecoderCache | None = None

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.records import QuestionRecord, Records, read_questions
@@ -198,12 +200,39 @@ def _in_parts(
     questions: Sequence[str],
     answer: Callable[[Tensor, Tensor], list[list[Answer]]],
 ) -> list[list[Answer]]:
-    """``answer`` of the memory and mask of so many questions at a time."""
-    found = []
-    for start in range(0, len(questions), QUESTIONS_AT_ONCE):
-        part = slice(start, start + QUESTIONS_AT_ONCE)
-        ids, mask = ready.texts.read([clean_question(question) for question in questions[part]])
-        ids, mask = ids.to(ready.device), mask.to(ready.device)
-        seen = images[torch.tensor(list(rows[part]), device=ready.device)]
-        found += answer(*ready.model.memory(seen, ready.model.encode_text(ids, mask), mask))
-    return found
+    """``answer`` of the memory and mask of so many questions at a time, in the order of ``questions``.
+
+    Questions on the same image are fused together, those of like length next to each other.
+    """
+    if not len(questions):
+        return []
+    ids, mask = ready.texts.read([clean_question(question) for question in questions])
+    lengths = mask.sum(1).tolist()
+    order = sorted(range(len(questions)), key=lambda question: (rows[question], lengths[question]))
+    found: dict[int, list[Answer]] = {}
+    for start in range(0, len(order), QUESTIONS_AT_ONCE):
+        chosen, memories, masks = [], [], []
+        for alike in _by_image(order[start : start + QUESTIONS_AT_ONCE], rows):
+            some = [question for group in alike for question in group]
+            longest = max(lengths[question] for question in some)
+            text, text_mask = (part[some, :longest].to(ready.device) for part in (ids, mask))
+            seen = images[torch.tensor([rows[group[0]] for group in alike], device=ready.device)]
+            memory, memory_mask = ready.model.memory(seen, ready.model.encode_text(text, text_mask), text_mask)
+            chosen += some
+            memories.append(memory)
+            masks.append(memory_mask)
+        longest = max(memory.shape[1] for memory in memories)
+        memory = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in memories])
+        memory_mask = torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in masks])
+        found.update(zip(chosen, answer(memory, memory_mask), strict=True))
+    return [found[question] for question in range(len(questions))]
+
+
+def _by_image(questions: Sequence[int], rows: Sequence[int]) -> list[list[list[int]]]:
+    """``questions``, sorted by their image, in groups on one image; groups of the same size are together, so that they
+    can be fused at once without copies."""
+    alike: dict[int, list[list[int]]] = {}
+    for _, group in groupby(questions, key=lambda question: rows[question]):
+        members = list(group)
+        alike.setdefault(len(members), []).append(members)
+    return list(alike.values())

@@ -21,6 +21,8 @@ def test_help_and_usage_errors_do_without_torch():
         ["reason"], ["reason", "x.jpg", "y.jpg"], ["reason", "x.jpg", "--hypothesis", " "],
         ["model", "--help"], ["model", "info", "--help"], ["model", "export", "x", "y", "--format", "z"],
         ["model", "export", "x", "y", "--format", "onnx", "--dtype", "bf16"], ["model", "push", "x", "org/name"],
+        ["bench", "--help"], ["bench", "decode", "--help"], ["bench", "decode", "--size", "x"],
+        ["bench", "rerank", "--against", "x"], ["bench", "rerank", "--device", "x"],
     ]  # fmt: skip
     code = (
         "import sys; from mplug_cli.app import main\n"
@@ -53,7 +55,7 @@ def test_a_command_imports_no_other_command():
     assert not {"mplug_cli.eval", "mplug_core.recipe"} & set(modules)
 
 
-@pytest.mark.parametrize("arguments", [[], ["recipe"], ["data"]])
+@pytest.mark.parametrize("arguments", [[], ["recipe"], ["data"], ["bench"]])
 def test_a_group_alone_shows_its_help_and_is_a_usage_error(mplug, arguments):
     done = mplug(*arguments)
     assert done.code == 2 and done.out == "" and "Commands:" in done.err

@@ -115,6 +115,25 @@ def test_cache_follows_its_sequences() -> None:
     assert cache.length == 1
 
 
+def test_an_order_holds_until_the_next_tokens() -> None:
+    cache = LayerCache()
+    keys = torch.arange(8.0).view(4, 1, 2, 1)
+    cache.extend(keys, -keys)
+    cache.reorder(torch.tensor([3, 0, 0]))
+    cache.reorder(torch.tensor([1, 0]))
+    key, value = cache.extend(torch.full((2, 1, 1, 1), 9.0), torch.full((2, 1, 1, 1), -9.0))
+    assert key.flatten(1).tolist() == [[0, 1, 9], [6, 7, 9]] and torch.equal(value, -key)
+    assert cache.length == 3 and torch.equal(cache.prefix[0], key)
+
+
+def test_bytes_of_the_memory() -> None:
+    cross, cache = CrossAttention(16, 2), DecoderCache(2)
+    assert cache.memory_bytes == 0
+    for sequences in (2, 10):  # which share it
+        cross(torch.randn(sequences, 1, 16), torch.randn(2, 7, 16), None, cache.layers[0])
+        assert cache.memory_bytes == 2 * 2 * 7 * 16 * 4
+
+
 def test_memory_may_have_another_width() -> None:
     cross = CrossAttention(16, 2, memory_width=24)
     assert cross(torch.randn(2, 3, 16), torch.randn(2, 5, 24)).shape == (2, 3, 16)

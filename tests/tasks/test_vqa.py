@@ -213,6 +213,28 @@ class TestAnswers:
             assert [row[0].text for row in other] == [row[0].text for row in together]
             assert [row[0].score for row in other] == pytest.approx([row[0].score for row in together], abs=1e-4)
 
+    @pytest.mark.parametrize("fusion", ["skip", "asymmetric", "connected", "co"])
+    def test_questions_on_one_image_share_it(
+        self, fusion: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Images with three, one and two questions, mixed: each image goes into the fusion once."""
+        model = small_model(
+            vision=CNN, vocab_size=tokenizer.vocab_size, max_positions=64, fusion=fusion, stride=2, fusion_layers=3
+        )
+        ready, fuse, fused = Ready(model, tokenizer), model.fuse, []
+        rows = (2, 0, 2, 1, 0, 2)
+        questions = (*self.QUESTIONS, "what color is it", "how many small red circles are on the left of the cross")
+        images = pictures(ready)
+        monkeypatch.setattr(model, "fuse", lambda i, t, m: fused.append((len(i), len(t))) or fuse(i, t, m))
+        together = answer_questions(ready, images, rows, questions, GREEDY)
+        assert sorted(fused) == [(1, 1), (1, 2), (1, 3)]
+        alone = [
+            answer_questions(ready, images, [row], [question], GREEDY)[0]
+            for row, question in zip(rows, questions, strict=True)
+        ]
+        assert [row[0].text for row in together] == [row[0].text for row in alone]
+        assert [row[0].score for row in together] == pytest.approx([row[0].score for row in alone], abs=1e-4)
+
     def test_no_questions(self, ready: Ready) -> None:
         assert answer_questions(ready, pictures(ready), [], [], GREEDY) == []
 
