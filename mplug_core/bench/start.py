@@ -21,7 +21,7 @@ TORCH = "import torch"
 def command_lines(image: Path, model: str) -> dict[str, list[str]]:
     """What is started, by the name that the report has for it."""
     mplug = [sys.executable, "-m", "mplug_cli.app"]
-    answering = ["-q", "--device", "cpu", "--model", model]
+    answering = ["--quiet", "--device", "cpu", "--model", model]
     return {
         "mplug --help": [*mplug, "--help"],
         TORCH: [sys.executable, "-c", "import torch"],
