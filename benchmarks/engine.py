@@ -21,10 +21,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 
+from mplug_core.allocator import keep_freed_memory
 from mplug_core.bench.step import RealStep
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import EngineSection, Recipe, check_recipe, load_recipe
-from mplug_core.training.allocator import keep_freed_memory
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine
 from mplug_core.training.workload import Workbench

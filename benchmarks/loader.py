@@ -25,11 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mplug_core.bench.photos import photo_like
 from mplug_core.data.batches import Lots
 from mplug_core.data.scenes import write_scenes
 from mplug_core.data.shards.pack import PackOptions, pack
@@ -38,14 +37,6 @@ from mplug_core.training.trainer import Trainer, train
 
 BAR = 5.0
 TRAIN_STEPS = 12
-
-
-def photo_like(seed: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
-    """Smooth shapes and fine noise: a JPEG of it has the size of a photo's (about 80 kB)."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    noise = rng.normal(0, 9, (size[1], size[0], 3))
-    return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
 
 
 def write_photos(folder: Path, count: int) -> None:

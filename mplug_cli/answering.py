@@ -17,6 +17,8 @@ import typer
 
 from mplug_cli import show
 from mplug_cli.streams import IMAGE_SUFFIXES, Input, json_line, lines_on_stdin, open_input, write_line
+from mplug_core.cpu import asked_threads, settle_threads
+from mplug_core.device import asked_dtype
 from mplug_core.errors import SOME_INPUTS_FAILED, DataError, MplugError, UsageError
 from mplug_core.tasks.answering import AnswerBatch, Answered, Request, answer_requests
 
@@ -106,12 +108,17 @@ def named_image(value: Any, name: str) -> Input:
     return Input(value)
 
 
-def load(model: str | None, device: str | None, quiet: bool, without: tuple[str, ...] = ()) -> Mplug:
-    """The model, with a note where it is the embedded one."""
+def load(
+    model: str | None, device: str | None, quiet: bool, without: tuple[str, ...] = (), threads: int | None = None
+) -> Mplug:
+    """The model, with a note where it is the embedded one; ``threads`` as of ``settle_threads``."""
+    asked_threads(threads)
+    asked_dtype()
     from mplug_core.api import Mplug
 
     with show.downloads(quiet):
         loaded = Mplug.from_pretrained(model, device=device, without=without)
+    settle_threads(threads)
     if loaded.is_embedded:
         show.note("the embedded model is a small demonstration model and often wrong (--model takes another)", quiet)
     return loaded

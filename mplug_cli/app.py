@@ -1,6 +1,7 @@
 """``mplug``: the one entry point. Subcommands are in files of their own; every error becomes one line and an exit code.
 
-Subcommands import torch and the model inside their functions, so that help and usage errors answer at once.
+Subcommands are imported when they are called, and import torch and the model inside their functions: help and usage
+errors answer at once.
 """
 
 from __future__ import annotations
@@ -10,26 +11,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mplug_cli import show
-from mplug_cli.ablate import ablate
-from mplug_cli.bench import bench
-from mplug_cli.caption import caption
-from mplug_cli.data import data
-from mplug_cli.eval import evaluate
-from mplug_cli.finetune import finetune
-from mplug_cli.ground import ground
-from mplug_cli.model import model
-from mplug_cli.pretrain import pretrain
-from mplug_cli.reason import reason
-from mplug_cli.recipe import recipe
-from mplug_cli.retrieve import retrieve
-from mplug_cli.runs import runs
-from mplug_cli.vqa import vqa
 from mplug_core.errors import INTERRUPTED, MplugError, Preempted, UsageError
 
 # Base class of the parser's own errors; where it lives differs between versions of typer.
@@ -37,8 +25,55 @@ _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 
 DEBUG_VARIABLE = "MPLUG_DEBUG"
 
+COMMANDS = {
+    "caption": ("mplug_cli.caption:caption", "Describe images in a sentence each."),
+    "vqa": ("mplug_cli.vqa:vqa", "Answer questions on images in a word or a few."),
+    "ground": ("mplug_cli.ground:ground", "Find what phrases mean on an image."),
+    "reason": ("mplug_cli.reason:reason", "Judge a statement on one image or two, or a hypothesis on one."),
+    "retrieve": (
+        "mplug_cli.retrieve:retrieve",
+        "Find the images that a text describes, or the captions that suit an image.",
+    ),
+    "pretrain": ("mplug_cli.pretrain:pretrain", "Pre-train a model as a recipe says."),
+    "finetune": ("mplug_cli.finetune:finetune", "Fine-tune a model as a recipe says."),
+    "eval": (
+        "mplug_cli.eval:evaluate",
+        "Score a model on records of one or more tasks, and say how many records could not be used.",
+    ),
+    "recipe": ("mplug_cli.recipe:recipe", "List, read, copy and check recipes."),
+    "data": ("mplug_cli.data:data", "Make data sets and look into them."),
+    "model": ("mplug_cli.model:model", "Download, look at, convert, export and publish models."),
+    "runs": ("mplug_cli.runs:runs", "Look at runs: curves, checkpoints, state."),
+    "ablate": ("mplug_cli.ablate:ablate", "Compare parts of the model with their alternatives."),
+    "bench": ("mplug_cli.bench:bench", "Measure speed and memory here, side by side with others."),
+}
+"""The subcommands in the order of the help: where each is, and the first line of its own help."""
+
+
+def load_command(name: str) -> Any:
+    """The parser's command or group of a name in :data:`COMMANDS`, with its options."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    found = getattr(import_module(module), attribute)
+    holder = typer.Typer(add_completion=False, rich_markup_mode=None)
+    holder.callback()(lambda: None)
+    if isinstance(found, typer.Typer):
+        holder.add_typer(found, name=name)
+    else:
+        holder.command(name)(found)
+    return typer.main.get_group(holder).commands[name]
+
+
+class _ImportedWhenCalled(TyperGroup):
+    """Knows its commands by name and first line, which is what help and suggestions need."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+
 app = typer.Typer(
     name="mplug",
+    cls=_ImportedWhenCalled,
     help="Vision-language models with cross-modal skip-connections: pre-train, evaluate, use.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,6 +84,8 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
             typer.echo(f"mplug {version('mplug')}")
         except PackageNotFoundError:
@@ -68,20 +105,8 @@ def _options(
     """Vision-language models with cross-modal skip-connections: pre-train, evaluate, use."""
 
 
-app.command("caption")(caption)
-app.command("vqa")(vqa)
-app.command("ground")(ground)
-app.command("reason")(reason)
-app.command("retrieve")(retrieve)
-app.command("pretrain")(pretrain)
-app.command("finetune")(finetune)
-app.command("eval")(evaluate)
-app.add_typer(recipe, name="recipe")
-app.add_typer(data, name="data")
-app.add_typer(model, name="model")
-app.add_typer(runs, name="runs")
-app.add_typer(ablate, name="ablate")
-app.add_typer(bench, name="bench")
+for _name, (_, _line) in COMMANDS.items():
+    app.command(_name, help=_line)(lambda: None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import typer
 
 from mplug_cli.bench_decode import decode
+from mplug_cli.bench_load import load
 from mplug_cli.bench_rerank import rerank
+from mplug_cli.bench_start import start
 from mplug_cli.bench_train import train
 
 bench = typer.Typer(name="bench", help="Measure speed and memory here, side by side with others.", no_args_is_help=True)
@@ -19,3 +21,5 @@ def _group() -> None:
 bench.command("decode")(decode)
 bench.command("rerank")(rerank)
 bench.command("train")(train)
+bench.command("start")(start)
+bench.command("load")(load)

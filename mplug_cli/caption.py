@@ -43,6 +43,7 @@ def caption(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="With --sample: repeats a draw.")] = None,
     model: options.Model = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 16,
     null: Annotated[
         bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, as find -print0 writes.")
@@ -59,7 +60,7 @@ def caption(
     check_device(device)
     inputs = read_inputs(list(images or []), null)
 
-    loaded = load(model, device, quiet, without=("text", "fusion"))
+    loaded = load(model, device, quiet, without=("text", "fusion"), threads=threads)
     write_answers(
         _as_requests(inputs), loaded, loaded.captioner(n=n, **settings), lambda found: _fields(found, n > 1), _as_text,
         batch_size=batch_size, as_json=as_json, quiet=quiet, what="captions", failure="of the images could not be read",

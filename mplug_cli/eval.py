@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mplug_cli import show
-from mplug_cli.options import Device
+from mplug_cli.options import Device, Threads
 from mplug_cli.streams import json_line, write_line
 from mplug_cli.vqa import read_answers
-from mplug_core.device import check_device, choose_device
+from mplug_core.allocator import keep_freed_memory
+from mplug_core.cpu import asked_threads, settle_threads
+from mplug_core.device import asked_dtype, check_device, choose_device
 from mplug_core.errors import DataError, MplugError, UsageError
 from mplug_core.recipe import nearest
 
@@ -116,6 +118,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a task instead of a table.")] = False,
     device: Device = None,
+    threads: Threads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 32,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
 ) -> None:
@@ -124,6 +127,8 @@ def evaluate(
     asked = _Asked(tasks, layout, beam, candidates, rerank, answers, baseline, train, predictions, results)
     _check(asked)
     check_device(device)
+    asked_threads(threads)
+    asked_dtype()
     listed = None if answers is None else tuple(read_answers(answers))
 
     import torch
@@ -135,8 +140,12 @@ def evaluate(
 
     # before anything is computed: nothing is worse than an hour's predictions with nowhere to go
     out, submitted = _open(predictions, "--predictions"), _open(results, "--results")
+    where = choose_device(device)
+    settle_threads(threads)
+    if where == "cpu":
+        keep_freed_memory()
     with show.downloads(quiet):
-        loaded = load_model(model, choose_device(device))
+        loaded = load_model(model, where)
     spec = DataSpec(path=data, split=split, format=layout, images=images)
     repeated = DataSpec(path=train, split=train_split) if train else None
     empty = False

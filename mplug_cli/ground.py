@@ -53,6 +53,7 @@ def ground(
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
     model: options.Model = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=1024, help="Images, and phrases, computed at once.")
     ] = 16,
@@ -80,7 +81,7 @@ def ground(
 
     place = nullcontext() if draw is None else place_for_picture(draw, only.images[0].name)
     with place as write:
-        loaded = load(model, device, quiet)
+        loaded = load(model, device, quiet, threads=threads)
         find = loaded.grounder()
 
         def find_and_note(images: ImageEncoding, asked: list[Asked]) -> Sequence[Any]:

@@ -45,6 +45,7 @@ def reason(
     as_json: Annotated[bool, typer.Option("--json", help="JSON with the probabilities of all labels.")] = False,
     model: options.Model = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=1024, help="Images, and statements, computed at once.")
     ] = 16,
@@ -62,7 +63,7 @@ def reason(
 
     from mplug_core.tasks.task import need
 
-    loaded = load(model, device, quiet)
+    loaded = load(model, device, quiet, threads=threads)
     has = {name for name in CLASSES if name in loaded.config.classifiers}
     if requests.plain:
         wanted = "entailment" if hypothesis is not None else "statement"

@@ -59,6 +59,7 @@ def retrieve(
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines instead of score and name.")] = False,
     model: options.Model = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 32,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep features of images.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute all features anew, and keep them.")] = False,
@@ -88,7 +89,9 @@ def retrieve(
 
     from mplug_core.tasks.ranking import default_candidates
 
-    loaded = load(model, device, quiet, without=("decoder",) if candidates != 0 else ("decoder", "fusion"))
+    loaded = load(
+        model, device, quiet, without=("decoder",) if candidates != 0 else ("decoder", "fusion"), threads=threads
+    )
     if candidates is None:
         candidates = min(CANDIDATES, default_candidates(loaded))
     if candidates and loaded.model.matching_head is None:

@@ -50,6 +50,7 @@ def vqa(
     ] = None,
     model: options.Model = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=1024, help="Images, and questions, computed at once.")
     ] = 16,
@@ -69,7 +70,7 @@ def vqa(
     candidates = read_answers(answers) if answers is not None else None
     requests = _requests(list(arguments or []), list(questions or []))
 
-    loaded = load(model, device, quiet)
+    loaded = load(model, device, quiet, threads=threads)
     write_answers(
         requests, loaded, loaded.answerer(choices=candidates, n=n, beams=beam), lambda found: _fields(found, n > 1),
         _as_text, batch_size=batch_size, as_json=as_json, quiet=quiet, failure="of the questions could not be answered",

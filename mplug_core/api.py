@@ -31,6 +31,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mplug_core.allocator import keep_freed_memory
+from mplug_core.cpu import settle_threads
 from mplug_core.data.images import placed_transform
 from mplug_core.data.pictures import ImageSource, Picture, open_picture
 from mplug_core.data.text import clean_caption
@@ -149,11 +151,14 @@ class Mplug(Loaded):
             spec: what ``--model`` of the command line takes. Default: ``$MPLUG_MODEL``, else the embedded model.
             revision: branch, tag or commit of a repository: the same as ``spec@revision``.
             device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. Default: CUDA where there is any, else the CPU.
-            dtype: of weights and computation, a ``torch.dtype`` or its name. Default: bfloat16 on CUDA, float32
-                elsewhere.
+            dtype: of weights and computation, a ``torch.dtype`` or its name. Default: ``$MPLUG_DTYPE``, else bfloat16
+                on CUDA and for vision transformers on a CPU with matrix units for it (AMX), float32 elsewhere.
             image_size: side in pixels of the square that images are brought to. Default: the model's own.
             local_files_only: take what was downloaded before, and no network.
             without: parts (``text``, ``fusion``, ``decoder``) to leave out of memory; what needs them fails.
+
+        On a CPU the process then computes with the cores that it may use, see :func:`~mplug_core.cpu.settle_threads`,
+        and keeps memory that was freed for the next batch.
 
         Raises:
             CheckpointError: there is no such model, or it is damaged; MplugError: this machine has no such device.
@@ -169,6 +174,9 @@ class Mplug(Loaded):
         if image_size is not None:
             _whole_number("image_size", image_size, 1)
         where = choose_device(None if device is None else str(device))
+        settle_threads()
+        if where == "cpu":
+            keep_freed_memory()
         with _offline(local_files_only):
             loaded = load_model(name, where, _dtype(dtype), without, image_size)
         return cls(**{part.name: getattr(loaded, part.name) for part in fields(loaded)})

@@ -372,7 +372,7 @@ class EngineSection(Section):
         False, description="torch.compile on the towers' layers: minutes at the start, needs a C++ compiler or Triton"
     )
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    threads: Positive | None = None
+    threads: Positive | None = Field(None, description="of a process; default: its share of the cores it may use")
 
     @model_validator(mode="after")
     def sound(self) -> EngineSection:

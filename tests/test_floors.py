@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("mplug_core.errors", "mplug_core.recipe", "mplug_core.device"),
+    ("mplug_core.errors", "mplug_core.recipe", "mplug_core.device", "mplug_core.cpu", "mplug_core.allocator"),
     ("mplug_core.model",),
     ("mplug_core.objectives", "mplug_core.generation"),
     ("mplug_core.data",),
@@ -24,7 +24,10 @@ FLOORS = (
     ("mplug_core.bench", "mplug_core.ablation"),
     ("mplug_cli",),
 )
-LIGHT = ("mplug_core.errors", "mplug_core.recipe", "mplug_core.model.config", "mplug_core", "mplug_cli.app")
+LIGHT = (
+    "mplug_core.errors", "mplug_core.recipe", "mplug_core.device", "mplug_core.cpu", "mplug_core.model.config",
+    "mplug_core", "mplug_cli.app",
+)  # fmt: skip
 
 
 def floor(module: str) -> int:

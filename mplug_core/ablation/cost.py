@@ -13,6 +13,7 @@ from mplug_core.ablation.variants import Variant, distinct
 from mplug_core.bench.measure import Timing, take_turns
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.fusion import Fusion
+from mplug_core.model.hollow import hollow
 from mplug_core.training.tracing import ShapeMode
 
 
@@ -62,7 +63,7 @@ def costs(
     for first, same in networks.items():
         own = first.configure(config)
         mode = traced_pass(own, shape)
-        with torch.device("meta"):
+        with hollow():
             parameters = sum(p.numel() for p in Fusion(own).parameters())
         flops = mode.trace.flops
         cost = Cost(
@@ -103,7 +104,7 @@ def _pass(config: MplugConfig, shape: Shape, device: torch.device) -> Callable[[
 def traced_pass(config: MplugConfig, shape: Shape) -> ShapeMode:
     """One forward and backward pass on shapes alone."""
     mode = ShapeMode()
-    with torch.device("meta"):
+    with hollow():
         fusion = Fusion(config)
     mode.empty_like_module(fusion)
     image, text = (mode.fake(stream).requires_grad_() for stream in _streams(config, shape, torch.device("cpu")))

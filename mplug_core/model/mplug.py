@@ -176,7 +176,9 @@ class MplugModel(nn.Module):
         self.visual_projection = None
         if not self.visual.is_transformer:
             # a convolutional grid says nothing of where a cell lies
-            self.grid_positions = nn.Parameter(grid_sines(*grid, width))
+            with torch.device("cpu"):  # a few numbers: on the meta device they would be a second of imports
+                sines = grid_sines(*grid, width)
+            self.grid_positions = nn.Parameter(sines.to(torch.get_default_device()))
         if not self.visual.is_transformer or self.visual.width != width:
             norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.visual_projection = nn.Sequential(nn.Linear(self.visual.width, width), norm)

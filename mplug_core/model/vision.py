@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import timm
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.attention import fused_is_faster
+from mplug_core.model.compiler import without_compiler
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import nearest
+
+with without_compiler():
+    import timm
 
 TRANSFORMERS = ("vit", "deit", "deit3", "flexivit")
 """First words of the names of timm's plain vision transformers, which are built for an image size."""
@@ -91,14 +97,11 @@ class VisualEncoder(nn.Module):
             # the contrastive feature is read off the class token
             self.pooled_width = self.width
         else:
-            with torch.no_grad():
-                try:
-                    probe = self.backbone.eval().forward_features(
-                        torch.zeros(1, 3, vision.image_size, vision.image_size)
-                    )
-                except (RuntimeError, AssertionError) as error:
-                    reason = f"{vision.backbone} takes no images of {vision.image_size} pixels: {error}"
-                    raise CheckpointError(reason, "correct model.vision") from error
+            try:
+                probe = self._probe(self.backbone.forward_features, vision.image_size)
+            except (RuntimeError, AssertionError) as error:
+                reason = f"{vision.backbone} takes no images of {vision.image_size} pixels: {error}"
+                raise CheckpointError(reason, "correct model.vision") from error
             if probe.dim() != 4:
                 reason = f"{vision.backbone} gives neither a grid nor a vision transformer's tokens"
                 raise CheckpointError(reason, "choose another model.vision.backbone")
@@ -107,10 +110,27 @@ class VisualEncoder(nn.Module):
             self.pooled_width = 2 * self.last_width
             self.width = self.last_width
             if self.levels:
-                with torch.no_grad():
-                    probe = self._with_levels(torch.zeros(1, 3, vision.image_size, vision.image_size))
-                self.width = probe.shape[-1]
-            # only now: probing in training mode would enter the statistics of batch norms
+                folded = self._probe(self._folded, vision.image_size)
+                self.width = sum(grid.shape[1] for grid in folded)
+
+    def _probe(self, function: Callable[[Tensor], Tensor], size: int) -> Tensor:
+        """What the backbone gives for no image at all, or if it does not take that, for a black one.
+
+        Without images nothing is computed, and weights that are on the meta device may be stood in for by memory that
+        nobody touches: the shapes of convolutions there are a second of Python and imports.
+        """
+        calls = _Calls(self.backbone, function)
+        weights = {**dict(calls.named_parameters()), **dict(calls.named_buffers())}
+        # in evaluation: else the probe would enter the statistics of batch norms
+        self.backbone.eval()
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                untouched = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in weights.items()}
+                return functional_call(calls, untouched, (torch.zeros(0, 3, size, size),))
+        except (RuntimeError, ArithmeticError, AssertionError, CheckpointError):
+            with torch.no_grad():
+                return function(torch.zeros(1, 3, size, size))
+        finally:
             self.backbone.train()
 
     def _channels_first(self, grid: Tensor) -> Tensor:
@@ -141,13 +161,24 @@ class VisualEncoder(nn.Module):
 
     def _with_levels(self, pixels: Tensor) -> Tensor:
         """[B, N, C]: the last grid's channels, then those of each level folded to its cells."""
+        return torch.cat(self._folded(pixels), 1).flatten(2).transpose(1, 2)
+
+    def _folded(self, pixels: Tensor) -> list[Tensor]:
+        """The last grid [B, C, H, W], and each level with its pixels under a cell as channels."""
         try:
             last, levels = self.backbone.forward_intermediates(pixels, indices=self.levels)
-            folded = [F.pixel_unshuffle(level, level.shape[-1] // self.grid[-1]) for level in levels]
-            return torch.cat([self._channels_first(last), *folded], 1).flatten(2).transpose(1, 2)
+            return [self._channels_first(last), *(self._fold(level) for level in levels)]
         except (AttributeError, AssertionError, IndexError, RuntimeError) as error:
             reason = f"levels {self.levels} of the backbone can't be had: {error}"
             raise CheckpointError(reason, "correct model.vision.levels") from error
+
+    def _fold(self, level: Tensor) -> Tensor:
+        side = level.shape[-1] // self.grid[-1]
+        if not len(level):  # which pixel_unshuffle returns as it is
+            if tuple(level.shape[-2:]) != tuple(cells * side for cells in self.grid):
+                raise RuntimeError(f"a grid of {level.shape[-2]} x {level.shape[-1]} does not divide into the last's")
+            return level.new_empty(0, level.shape[1] * side**2, *self.grid)
+        return F.pixel_unshuffle(level, side)
 
     def class_probabilities(self, tokens: Tensor) -> Tensor:
         """``tokens`` [B, N, C] of a convolutional network to what its own classifier sees [B, classes]."""
@@ -157,3 +188,14 @@ class VisualEncoder(nn.Module):
         """``tokens`` [B, N, C] of a convolutional network to [B, 2 C]: mean and maximum of the last stage."""
         last = tokens[..., : self.last_width]
         return torch.cat([last.mean(1), last.amax(1)], -1)
+
+
+class _Calls(nn.Module):
+    """A function of a module as a module of its own."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.function(pixels)

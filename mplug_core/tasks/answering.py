@@ -152,7 +152,10 @@ class _Encoder:
             parts += [others[key].encoding.to(ready.device, ready.dtype) for key in seen]
             for start in range(0, len(fresh), self._batch_size):
                 pixels = torch.stack([others[key].pixels for key in fresh[start : start + self._batch_size]])
-                parts.append(ready.model.encode_image(pixels.to(ready.device, ready.dtype)))
+                if ready.device.type == "cuda":  # from pinned memory the copy goes on beside what is computed
+                    pixels = pixels.pin_memory()
+                pixels = pixels.to(ready.device, non_blocking=True)
+                parts.append(ready.model.encode_image(pixels.to(ready.dtype)))
             self._images = parts[0] if len(parts) == 1 else ImageEncoding.join(parts)
         self._rows = {key: row for row, key in enumerate(kept + seen + fresh)}
         return self._images, self._rows

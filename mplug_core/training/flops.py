@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mplug_core.data.batches import Batch, Source
 from mplug_core.data.text import Tokenizer
+from mplug_core.device import multiplies_bf16
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.recipe import Recipe, StageSection
-from mplug_core.training.precision import multiplies_bf16
 from mplug_core.training.tracing import ShapeMode, Trace, fused_attention
 from mplug_core.training.workload import Workbench, build_parts
 
@@ -56,7 +57,7 @@ def trace_step(
     wanted = dict(objectives or bench.objectives_of(stage))
     mode = ShapeMode(bench.seen)
     batches = [bench.unread(name).batch(size) for name, size in sizes.items()]
-    with torch.device("meta"):
+    with hollow():
         parts = build_parts(bench, stage, wanted)
     mode.empty_like_module(parts.step, dtype)
     for module in (parts.teacher, parts.queue):

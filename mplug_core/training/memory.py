@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
+from mplug_core.model.hollow import hollow
 from mplug_core.recipe import EngineSection, StageSection
 from mplug_core.training.engine import BUCKET
 from mplug_core.training.flops import trace_step
@@ -62,7 +61,7 @@ class Memory:
 
 def count_sizes(bench: Workbench, stage: StageSection) -> Sizes:
     """What a stage trains and holds."""
-    with torch.device("meta"):
+    with hollow():
         parts = build_parts(bench, stage, bench.objectives_of(stage))
     groups = parameter_groups(parts.step, bench.recipe.optimizer)
     numbers = [sum(p.numel() for p in group["params"]) for group in groups]

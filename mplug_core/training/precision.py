@@ -8,19 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from mplug_core.device import multiplies_bf16
 from mplug_core.recipe import EngineSection
 from mplug_core.training.distributed import ALONE, World
-
-UNITS = ("amx_bf16", "avx512_bf16", "bf16")
-"""Capabilities of CPUs, any of which multiplies bf16 matrices."""
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has units for bf16 products. Of a CPU that this version of torch can't ask: no."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(known.get(unit) for unit in UNITS)
 
 
 def settled(engine: EngineSection, device: torch.device, world: World = ALONE) -> EngineSection:

@@ -25,6 +25,7 @@ from mplug_core.data.shards.source import ShardSource
 from mplug_core.data.text import Tokenizer, texts_of
 from mplug_core.errors import CheckpointError, DataError, MplugError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.recipe import DataSpec, Recipe, SourceSection, StageSection
 from mplug_core.tasks.registry import evaluated_task
 from mplug_core.training.flops import DEVICE_FLOPS, UTILISATION, StepFlops, peak_flops, step_flops
@@ -460,7 +461,7 @@ class _Check:
 
 def count_parameters(bench: Workbench, stage: StageSection) -> dict[str, dict[str, int]]:
     """Trained and frozen parameters of each part in a stage; the teacher's, which are neither."""
-    with torch.device("meta"):
+    with hollow():
         parts = build_parts(bench, stage, bench.objectives_of(stage))
     found = {name: {"trained": 0, "frozen": 0} for name in (*PARTS, "heads")}
     for name, parameter in parts.step.named_parameters():

@@ -14,6 +14,8 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from mplug_core.allocator import keep_freed_memory
+from mplug_core.cpu import settle_threads
 from mplug_core.data.batches import Source
 from mplug_core.data.records.types import KINDS, Records
 from mplug_core.data.scenes import holds_scenes, write_scenes
@@ -21,8 +23,10 @@ from mplug_core.data.shards.reading import Pack
 from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource, text_records
 from mplug_core.data.text import Tokenizer, texts_of
+from mplug_core.device import multiplies_bf16
 from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import Teacher, build_teacher
 from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection, nearest
@@ -32,7 +36,6 @@ from mplug_core.tasks.registry import TASKS, evaluated_task
 from mplug_core.tasks.task import EvaluateOptions, Ready, Texts
 from mplug_core.training.agreement import together
 from mplug_core.training.alignment import Alignment
-from mplug_core.training.allocator import keep_freed_memory
 from mplug_core.training.checkpoint import (
     ANEW,
     latest_checkpoint,
@@ -48,7 +51,7 @@ from mplug_core.training.features import cache_features
 from mplug_core.training.journal import Journal
 from mplug_core.training.loop import Progress, StageLoop, Watch
 from mplug_core.training.optimizer import for_stage
-from mplug_core.training.precision import multiplies_bf16, settled
+from mplug_core.training.precision import settled
 from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe, restore_random, share_lots
 from mplug_core.training.stand_in import StandIn
 from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, new_vocabulary, words_without_piece
@@ -94,9 +97,7 @@ class Trainer:
         self.pieces = 1
         self.recipe = recipe = self._same_batch(self._same_precision(recipe))
         self.stop_signal: int | None = None
-        if recipe.engine.threads:
-            torch.set_num_threads(recipe.engine.threads)
-        torch.set_flush_denormal(True)
+        settle_threads(recipe.engine.threads, self.world.size if self.world.device.type == "cpu" else 1)
         if self.world.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(recipe.seed)
@@ -520,7 +521,7 @@ class Trainer:
         """The recipe's evaluations, on the first process: metrics by ``name/task/metric``."""
         if self.average is not None:
             state = self.average.model.state_dict()
-        with torch.device("meta"):
+        with hollow():
             model = MplugModel(self.config)
         model.load_state_dict({k: v.detach().float() for k, v in state.items()}, assign=True)
         fill_buffers(model)

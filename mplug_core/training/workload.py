@@ -30,6 +30,7 @@ from mplug_core.data.records.types import (
 from mplug_core.data.scenes import sample_scene
 from mplug_core.data.text import SPECIAL_TOKENS, Tokenizer
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import FeatureQueue, Teacher, build_teacher
 from mplug_core.objectives.self_critical import log_probabilities
@@ -204,7 +205,7 @@ class Workbench:
     def model(self) -> MplugModel:
         """The model on the meta device."""
         if not hasattr(self, "_model"):
-            with torch.device("meta"):
+            with hollow():
                 self._model = MplugModel(self.config)
         return self._model
 
@@ -213,7 +214,7 @@ class Workbench:
         if not hasattr(self, "_tasks"):
             caption = _WrittenCaptions()
             caption.reward = CaptionReward(self.tokenizer) if "self_critical" in self.recipe.wanted() else None
-            with torch.device("meta"):
+            with hollow():
                 patches = PatchTask(self.config, self.model.visual.grid[0])
             self._tasks = {**TASKS, "caption": caption, "patches": patches}
         return self._tasks

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.weights.conversion import check_values
 from mplug_core.weights.destination import check_destination
@@ -77,13 +78,13 @@ def export_safetensors(source: Source, target: Path, dtype: str, card: str, forc
 def export_int8(source: Source, target: Path, dtype: str, card: str, force: bool = False) -> None:
     """Write a native folder with int8 weights; what is not quantised is stored in ``dtype``."""
     check_destination(target, source.stored.path, force)
-    with torch.device("meta"):
+    with hollow():
         model = MplugModel(source.config)
     _save(source, target, quantise(model, source.state), DTYPES[dtype], card)
 
 
 def _save(source: Source, target: Path, state: dict[str, Tensor], dtype: torch.dtype, card: str) -> None:
-    with torch.device("meta"):
+    with hollow():
         model = MplugModel(source.config)
     missing = missing_by_part(source.config, source.state)
     unknown = source.state.keys() - model.state_dict().keys()

@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mplug_core.data.text import Tokenizer
+from mplug_core.device import choose_dtype
 from mplug_core.errors import CheckpointError, UsageError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import VisualEncoder, resize_positions
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
@@ -270,7 +272,7 @@ def read_native(folder: Path, image_size: int | None = None) -> Stored:
 def resize(config: MplugConfig, state: dict[str, torch.Tensor], image_size: int) -> MplugConfig:
     """The configuration for another image size; the positions of patches or cells in ``state`` are resized to it."""
     resized = config.model_copy(update={"vision": config.vision.model_copy(update={"image_size": image_size})})
-    with torch.device("meta"):
+    with hollow():
         visual = VisualEncoder(resized)
     if visual.is_transformer:
         patches(image_size, visual.backbone.patch_embed.patch_size[0])
@@ -290,7 +292,7 @@ def load_model(
     without: Iterable[str] = (),
     image_size: int | None = None,
 ) -> Loaded:
-    """Read a model for inference, in ``dtype`` (default: bf16 on CUDA, fp32 on the CPU).
+    """Read a model for inference, in ``dtype`` (default: see :func:`~mplug_core.device.choose_dtype`).
 
     Parameters are mapped from the file, not built and overwritten; those of another type are converted one after the
     other. ``without`` names parts (of :data:`LEAVABLE`) that the task at hand does not use (for captions ``text`` and
@@ -304,10 +306,10 @@ def load_model(
     config, state = whole.config, whole.state
     skipped = tuple(f"{part}." for part in without)
     device = torch.device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
+    with hollow():
         model = MplugModel(config)
+    if dtype is None:  # int8 kernels take fp32 activations
+        dtype = choose_dtype(device, matrices=model.visual.is_transformer and not is_quantised(state))
     if is_quantised(state):  # int8 weights stay as they are where the device computes with them
         state = with_int8_layers(model, state) if computes_int8(device, dtype) else dequantise(state)
     if state is not stored.state:

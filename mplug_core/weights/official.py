@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import resize_positions
 
@@ -394,7 +395,7 @@ def expected_shapes(config: MplugConfig) -> dict[str, torch.Size]:
 
 @lru_cache(maxsize=4)
 def _expected_shapes(config: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
+    with hollow():
         model = MplugModel(MplugConfig.model_validate_json(config))
     return {name: value.shape for name, value in model.state_dict().items()}
 

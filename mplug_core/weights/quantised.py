@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug_core.errors import CheckpointError
+from mplug_core.model.hollow import hollow
 
 QUANTISATION = "quantization.json"
 SCALE = "_scale"
@@ -103,7 +104,7 @@ def to_float_layers(model: nn.Module) -> None:
         if not isinstance(layer, Int8Linear):
             continue
         owner, _, last = name.rpartition(".")
-        with torch.device("meta"):
+        with hollow():
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         floats = dequantise(dict(layer.state_dict()))
         linear.load_state_dict(floats, assign=True)

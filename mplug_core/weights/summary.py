@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mplug_core.errors import CheckpointError, RecipeError
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import Recipe, check_recipe, read_yaml
 from mplug_core.weights import hub
@@ -97,8 +98,8 @@ def summarise(spec: str | None = None) -> Summary:
 def _native(folder: Path) -> Summary:
     config, _ = read_description(folder)
     heads = read_heads(folder / "model.safetensors")
-    hollow = {name: torch.empty(head.shape, device="meta") for name, head in heads.items()}
-    missing = missing_by_part(config, hollow)
+    unread = {name: torch.empty(head.shape, device="meta") for name, head in heads.items()}
+    missing = missing_by_part(config, unread)
     quantised = any(head.dtype == "int8" for head in heads.values())
     kind = "int8 model folder" if quantised else "model folder"
     summary = _summary(folder, kind, folder_size(folder), config, heads, missing)
@@ -140,7 +141,7 @@ def _summary(
     heads: dict[str, TensorHead],
     missing: dict[str, list[str]],
 ) -> Summary:
-    with torch.device("meta"):
+    with hollow():
         model = MplugModel(config)
     dtypes: Counter[str] = Counter()
     parameters: Counter[str] = Counter()

@@ -43,6 +43,19 @@ def test_help_is_plain_text_on_stdout(mplug, arguments):
     assert done.out.startswith("Usage: mplug") and "\x1b" not in done.out and "─" not in done.out
 
 
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_help_lists_each_command_with_the_first_line_of_its_own_help(name):
+    assert app.COMMANDS[name][1] == app.load_command(name).get_short_help_str(limit=1000)
+
+
+def test_a_command_imports_no_other_command():
+    code = "import sys; from mplug_cli.app import main; main(['caption', '--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
+    assert "mplug_cli.caption" in modules
+    assert not {"mplug_cli.eval", "mplug_core.recipe"} & set(modules)
+
+
 @pytest.mark.parametrize("arguments", [[], ["recipe"], ["data"], ["bench"]])
 def test_a_group_alone_shows_its_help_and_is_a_usage_error(mplug, arguments):
     done = mplug(*arguments)

@@ -105,3 +105,26 @@ def test_opponents_are_those_that_can_be_measured() -> None:
     assert set(bench_decode.OPPONENTS) == set(decode.OPPONENTS)
     assert set(bench_rerank.OPPONENTS) == set(rerank.OPPONENTS)
     assert bench_report.chosen(["plain", "plain"], bench_decode.OPPONENTS) == ["plain"]
+
+
+def test_load_reads_a_folder(mplug, model_folder, make_photo, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        make_photo(name)
+    done = mplug("bench", "load", "--data", tmp_path, "--images", "2", "--repeats", "1", "--json")
+    assert done.code == 0 and done.objects[0]["images"] == 2
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--size", "640"], 2), (["--size", "0x4"], 2), (["--data", "no"], 3)])
+def test_load_mistakes(mplug, arguments: list[str], code: int) -> None:
+    done = mplug("bench", "load", *arguments)
+    assert done.code == code and arguments[1] in done.error
+
+
+def test_start_passes_what_is_asked(mplug, monkeypatch) -> None:
+    from mplug_core.bench import start
+
+    asked = []
+    report = Report("start", "A title", ("process", "s"), Machine.here(), [("mplug", "1")])
+    monkeypatch.setattr(start, "bench_start", lambda *arguments: asked.append(arguments[:2]) or report)
+    assert mplug("bench", "start", "--model", "x", "--repeats", "2").code == 0
+    assert asked == [("x", 2)]

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from mplug_cli import caption
 from mplug_cli.app import main
@@ -228,3 +229,21 @@ def test_a_full_disk_is_an_error(mplug, photo, monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.stdout.close()
     assert done.code == 1 and "can't be written" in done.error
+
+
+def test_threads_are_those_that_are_asked_for(mplug, photo, model_folder, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("MPLUG_THREADS", "1")
+    try:
+        for asked, threads in ((("--threads", "3"), 3), ((), 1)):
+            assert mplug("caption", photo, *asked).code == 0
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["MPLUG_THREADS", "MPLUG_DTYPE"])
+def test_variables_without_sense_are_usage_errors(mplug, photo, model_folder, monkeypatch, name):
+    monkeypatch.setenv(name, "much")
+    done = mplug("caption", photo)
+    assert done.code == 2 and f"{name}=much" in done.error

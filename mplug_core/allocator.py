@@ -1,4 +1,4 @@
-"""How the C library treats memory that a step frees: on a CPU the next step wants it back at once."""
+"""How the C library treats memory that a step or a batch frees: on a CPU the next one wants it back at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
     """Have freed blocks below a gigabyte stay with the process; False where the C library is not glibc.
 
     By default large blocks are given back to the system, and a step asks for them again page by page, which for
-    optimizers on flat tensors takes a fifth of its time. The process then stays as large as its largest step.
+    optimizers on flat tensors takes a fifth of its time, and for captions of the embedded model a third. The process
+    then stays as large as its largest step or batch.
     """
     if not sys.platform.startswith("linux"):
         return False
