@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,15 +50,17 @@ def take_turns(
     repeats: int,
     warmup: int = 1,
     advance: Callable[[str], None] = lambda name: None,
+    once: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Seconds of each action, ``repeats`` times after ``warmup`` rounds that don't count.
 
     In each round every action has one turn, so that all meet the same machine; the order turns round from one round to
-    the next. ``advance`` is called with an action's name after each turn.
+    the next. ``advance`` is called with an action's name after each turn. Actions named in ``once``, those that take
+    minutes, have a single turn, in the first round that counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(warmup + repeats):
-        names = list(actions)
+        names = [name for name in actions if name not in once or number == warmup]
         for name in names[number % len(names) :] + names[: number % len(names)]:
             gc.collect()  # or one pays for what another left
             began = time.perf_counter()
