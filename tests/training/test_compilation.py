@@ -94,12 +94,13 @@ def test_goes_with_deepspeed() -> None:
     code = (
         "from mplug_core.training import compilation; compilation.BACKEND = 'eager'\n"
         "from tests.training.losses import losses\n"
-        "found = [losses({'zero_stage': 2, 'precision': 'fp32', 'compile': on})['loss'] for on in (False, True)]\n"
-        "assert max(abs(a - b) for a, b in zip(*found)) < 1e-4, found"
+        "print('RESULT', *losses({'zero_stage': 2, 'precision': 'fp32', 'compile': True})['loss'])"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean)
     assert done.returncode == 0, done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    assert list(map(float, line.split()[1:])) == pytest.approx(losses(RUNS["plain"])["loss"], abs=1e-4)
 
 
 def test_stage_3_is_refused() -> None:
