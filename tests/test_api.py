@@ -532,7 +532,9 @@ def test_another_image_size(tmp_path, photos, vision):
     assert tokens[1] - (vision is VIT) == 4 * (tokens[0] - (vision is VIT))
     assert larger.caption(photos[0]).text
     again = mplug_core.load(larger.save_pretrained(tmp_path / "n"))
-    assert again.caption(photos[0]) == larger.caption(photos[0])
+    first, second = larger.caption(photos[0]), again.caption(photos[0])
+    # where weights lie in memory decides about the last bit
+    assert second.text == first.text and second.score == pytest.approx(first.score, rel=1e-5)
 
 
 def test_an_image_size_that_patches_do_not_fill(tmp_path):
