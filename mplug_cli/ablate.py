@@ -130,7 +130,8 @@ def _write_folder(
     curves = experiment.curves(variants)
     lines = [
         fusion_figure.Line(
-            f"{first.name} {first.layout(experiment.config)}",
+            first.name,
+            first.layout(experiment.config),
             statistics.median(quality.figures["step_seconds"][first.name]),
             found[first.name].seconds.median,
             curves[first.name],

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """A network: its label, seconds of its step and of a pass through its fusion at full size, and of each metric a
+    """A network: its name, its layers, seconds of its step and of a pass through its fusion at full size, and of each metric a
     curve a seed."""
 
-    label: str
+    name: str
+    layers: str
     step_seconds: float
     pass_seconds: float
     curves: Mapping[str, Sequence[Curve]]
@@ -47,7 +48,8 @@ def _over_time(axes: Axes, lines: Sequence[Line], metric: str, budget: float) ->
         values = [[100 * curve.values[curve.steps.index(step)] for curve in curves] for step in steps]
         seconds = [step * line.step_seconds for step in steps]
         colour = f"C{number % 10}"
-        axes.plot(seconds, [statistics.mean(row) for row in values], "o-", color=colour, ms=3, lw=1.2, label=line.label)
+        axes.plot(seconds, [statistics.mean(row) for row in values], "o-", color=colour, ms=3, lw=1.2)
+        axes.lines[-1].set_label(f"{line.name} {line.layers}")
         if len(curves) > 1:
             lows, highs = [min(row) for row in values], [max(row) for row in values]
             axes.fill_between(seconds, lows, highs, color=colour, alpha=0.12, lw=0)
@@ -65,7 +67,7 @@ def _over_cost(axes: Axes, lines: Sequence[Line], metric: str) -> None:
         axes.plot([line.pass_seconds], [statistics.mean(ends)], "o", color=f"C{number % 10}", ms=6)
         if len(ends) > 1:
             axes.plot([line.pass_seconds] * 2, [min(ends), max(ends)], "-", color=f"C{number % 10}", lw=1)
-        axes.annotate(line.label, (line.pass_seconds, statistics.mean(ends)), xytext=(5, 3),
+        axes.annotate(line.name, (line.pass_seconds, statistics.mean(ends)), xytext=(5, 3),
                       textcoords="offset points", fontsize=7)  # fmt: skip
     axes.set_title(f"{metric} after equal steps", parse_math=False)
     axes.set_xlabel("seconds of a forward and backward pass through the fusion at full size")

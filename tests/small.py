@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import sdpa_backward_flop, sdpa_flop
 
 from mplug_core.data.records import read_captions, read_entailments, read_phrases, read_questions, read_statements
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 
+FUSED_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+"""What PyTorch's counter of FLOPs does not count by itself."""
 VIT = {
     "backbone": "vit_base_patch16_clip_quickgelu_224",
     "image_size": 32,

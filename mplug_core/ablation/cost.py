@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mplug_core.ablation.variants import Variant, distinct
+from mplug_core.allocator import keep_freed_memory
 from mplug_core.bench.measure import Timing, take_turns
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.fusion import Fusion
@@ -56,6 +57,8 @@ def costs(
     :mod:`mplug_core.training.tracing`); passes take turns on the device, and ``advance`` is called after each.
     """
     config = config.model_copy(update={"dropout": 0.0})
+    if device == "cpu":
+        keep_freed_memory()  # as runs do: else much of a pass is fresh pages for the gradients
     networks = distinct(variants, config)
     passes = {first.name: _pass(first.configure(config), shape, torch.device(device)) for first in networks}
     timings = take_turns(passes, repeats, advance=advance)

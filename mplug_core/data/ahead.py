@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -60,6 +61,7 @@ def batches_ahead(
         turns.put(_End(error))
 
     def run() -> None:
+        _stand_back()
         while (job := jobs.get()) is not None:
             item, future = job
             if stopped.is_set():
@@ -98,3 +100,11 @@ def batches_ahead(
         with suppress(queue.Empty):  # a feeder that waits for room goes on, and sees that it has to stop
             while True:
                 turns.get_nowait()
+
+
+def _stand_back() -> None:
+    """Have this thread run where the model's threads leave a core free: they wait for each other, so that one which
+    shares its core holds all of them up. Only Linux has priorities of threads."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

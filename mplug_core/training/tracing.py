@@ -27,6 +27,15 @@ from mplug_core.model import attention
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+FORMULAS = {
+    **flop_registry,
+    # PyTorch counts the fused attention of GPUs alone
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+"""Operations to what counts their FLOPs: PyTorch's formulas."""
 _BY_ROWS = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -142,7 +151,7 @@ class ShapeMode(TorchDispatchMode):
         else:
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
             out = func(*args, **kwargs)
-            formula = flop_registry.get(getattr(func, "overloadpacket", None))
+            formula = FORMULAS.get(getattr(func, "overloadpacket", None))
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
             made, spec = tree_flatten(out)
             if (

@@ -21,6 +21,7 @@ from mplug_core.training.memory import Activations, count_sizes, estimate_memory
 from mplug_core.training.preflight import Preflight, check_run
 from mplug_core.training.trainer import Trainer
 from mplug_core.training.workload import Workbench, build_parts
+from tests.small import FUSED_ON_CPU
 from tests.training.recipes import scene_recipe
 from tests.weights.test_bert import make_bert, save_bert
 
@@ -185,7 +186,7 @@ def test_traced_flops_are_those_of_a_real_step(scenes: Path, tmp_path: Path, set
     batch = bench.unread("scenes").batch(8)
     batch.pixels = torch.randn(batch.pixels.shape)
     context = parts.context(recipe, batch, objectives, torch.inference_mode if parts.teacher is None else torch.no_grad)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
         loss, _ = parts.step([batch], [context], objectives)
         loss.backward()
     # ITM and MLM choose rows at random, so that a few differ
