@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """A network: its name, its layers, seconds of its step and of a pass through its fusion at full size, and of each metric a
-    curve a seed."""
+    """A network: its name, its layers, seconds of its step and of a pass through its fusion at full size, and of each
+    metric a curve a seed."""
 
     name: str
     layers: str

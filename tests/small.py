@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from mplug_core.data.records import read_captions, read_entailments, read_phrases, read_questions, read_statements
 from mplug_core.data.text import Tokenizer, build_vocabulary
@@ -14,8 +14,12 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 
 FUSED_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *rest, **options: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
 }
 """What PyTorch's counter of FLOPs does not count by itself."""
 VIT = {
