@@ -89,6 +89,7 @@ def test_writes_as_before(quick: None) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_goes_with_deepspeed() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     code = (
