@@ -7,7 +7,6 @@ until nothing holds it, also those that autograd keeps: this is the step's memor
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.flop_counter import flop_registry
 
 from mplug_core.model import attention
+from mplug_core.training.storages import LiveStorages
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -67,9 +67,8 @@ class ShapeMode(TorchDispatchMode):
     def __init__(self, seen: dict[Any, Any] | None = None) -> None:
         super().__init__()
         self.trace = Trace()
-        self.live = 0
+        self.storages = LiveStorages()
         self._fakes = FakeTensorMode()
-        self._known: set[int] = set()
         self._seen = {} if seen is None else seen
         self._in_teacher = self._in_backward = False
 
@@ -89,7 +88,7 @@ class ShapeMode(TorchDispatchMode):
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     # it is there before the step: a view of it, such as a transposed weight, takes no memory
-                    self._known.add(fake.untyped_storage()._cdata)
+                    self.storages.ignore(fake)
                     made[id(tensor)] = fake
                 else:
                     made[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -111,18 +110,13 @@ class ShapeMode(TorchDispatchMode):
     @contextmanager
     def backward(self) -> Iterator[None]:
         """What is computed within belongs to the backward pass."""
-        self.trace.saved = self.live
+        self.trace.saved = self.storages.live
         self._in_backward = True
         try:
             yield
         finally:
             self._in_backward = False
-            self.trace.left = self.live
-
-    def hold(self, size: int) -> None:
-        """Count ``size`` bytes more as live (a negative number: fewer)."""
-        self.live += size
-        self.trace.peak = max(self.trace.peak, self.live)
+            self.trace.left = self.storages.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -191,19 +185,8 @@ class ShapeMode(TorchDispatchMode):
         return "forward"
 
     def _follow(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is freed."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.hold(size)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        self.storages.follow(tensor)
+        self.trace.peak = self.storages.peak
 
 
 @cache
