@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,15 @@ from mplug_cli.options import Device, Quiet
 from mplug_core.errors import MplugError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.figure import Figure
 
     from mplug_core.ablation.cost import Cost
     from mplug_core.ablation.quality import Experiment
     from mplug_core.ablation.variants import Variant
-    from mplug_core.bench.measure import Report
+    from mplug_core.bench.measure import Report, Timing
+    from mplug_core.training.history import Curve
 
 ablate = typer.Typer(name="ablate", help="Compare parts of the model with their alternatives.", no_args_is_help=True)
 
@@ -84,12 +88,14 @@ def fusion(
     with watching(quiet) as watch:
         experiment.train(variants, watch)
     costs, found = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
-    quality = _quality(experiment, variants, repeats, threads)
-    _write_folder(experiment, variants, costs, quality, found)
+    curves = experiment.curves(variants)
+    quality, steps = _quality(experiment, variants, curves, repeats, threads)
+    text = (costs.markdown() + "\n" + quality.markdown()).encode()
+    _write_folder(experiment.folder, (costs, quality), text, _figure(experiment, variants, curves, steps, found))
     for report in (costs, quality):
         show_report(report, as_json, None)
     if markdown is not None:
-        _write(markdown, (costs.markdown() + "\n" + quality.markdown()).encode())
+        _write(markdown, text)
 
 
 def _costs(
@@ -107,49 +113,51 @@ def _costs(
         return cost_report(variants, config, shape, found, Machine.here(where)), found
 
 
-def _quality(experiment: Experiment, variants: Sequence[Variant], repeats: int, threads: int | None) -> Report:
+def _quality(
+    experiment: Experiment, variants: Sequence[Variant], curves: Mapping[str, Mapping[str, Sequence[Curve]]],
+    repeats: int, threads: int | None,
+) -> tuple[Report, dict[str, Timing]]:  # fmt: skip
     with measuring("training steps", None, "cpu", threads or experiment.recipe.engine.threads) as (_, advance):
         from mplug_core.ablation.report import quality_report
         from mplug_core.bench.measure import Machine
 
-        seconds = experiment.step_seconds(variants, repeats, advance)
-        return quality_report(experiment, variants, experiment.curves(variants), seconds, Machine.here())
+        steps = experiment.step_seconds(variants, repeats, advance)
+        return quality_report(experiment, variants, curves, steps, Machine.here()), steps
 
 
-def _write_folder(
-    experiment: Experiment, variants: Sequence[Variant], costs: Report, quality: Report, found: dict[str, Cost]
-) -> None:
-    """``fusion.json``, ``.md``, ``.png`` and ``.html`` in the experiment's folder."""
-    import json
-    import statistics
-
-    from mplug_cli import fusion_figure, pages
+def _figure(
+    experiment: Experiment, variants: Sequence[Variant], curves: Mapping[str, Mapping[str, Sequence[Curve]]],
+    steps: Mapping[str, Timing], costs: Mapping[str, Cost],
+) -> Figure:  # fmt: skip
+    from mplug_cli.fusion_figure import Line, draw
+    from mplug_core.ablation.quality import equal_time
     from mplug_core.ablation.report import compared_metrics
     from mplug_core.ablation.variants import distinct
 
-    curves = experiment.curves(variants)
-    lines = [
-        fusion_figure.Line(
-            first.name,
-            first.layout(experiment.config),
-            statistics.median(quality.figures["step_seconds"][first.name]),
-            found[first.name].seconds.median,
-            curves[first.name],
-        )
-        for first in distinct(variants, experiment.config)
-    ]
     metrics = compared_metrics(experiment.recipe)
-    figure = fusion_figure.draw(lines, metrics, quality.figures["seconds_in_equal_time"])
+    seconds = {name: timing.median for name, timing in steps.items()}
+    lines = [
+        Line(first.name, first.layout(experiment.config), seconds[first.name], costs[first.name].seconds.median,
+             curves[first.name])
+        for first in distinct(variants, experiment.config)
+    ]  # fmt: skip
+    return draw(lines, metrics, equal_time(curves, seconds, metrics[0]))
+
+
+def _write_folder(folder: Path, reports: Sequence[Report], markdown: bytes, figure: Figure) -> None:
+    """``fusion.json``, ``.md``, ``.png`` and ``.html`` in the experiment's folder."""
+    from mplug_cli import pages
+
     sections: pages.Sections = [
-        (report.title, [("", [list(report.columns), *map(list, report.rows)])]) for report in (costs, quality)
+        (report.title, [("", [list(report.columns), *map(list, report.rows)])]) for report in reports
     ]
-    notes = [[note] for report in (costs, quality) for note in (*report.notes, str(report.machine))]
+    notes = [[note] for report in reports for note in (*report.notes, str(report.machine))]
     page = pages.page("Fusion networks", pages.svg(figure), [*sections, ("Notes", [("", [[""], *notes])])])
-    objects = [json.loads(report.json()) for report in (costs, quality)]
-    _write(experiment.folder / "fusion.json", (json.dumps(objects, indent=1) + "\n").encode())
-    _write(experiment.folder / "fusion.md", (costs.markdown() + "\n" + quality.markdown()).encode())
-    _write(experiment.folder / "fusion.png", pages.png(figure))
-    _write(experiment.folder / "fusion.html", page.encode())
+    objects = [json.loads(report.json()) for report in reports]
+    _write(folder / "fusion.json", (json.dumps(objects, indent=1) + "\n").encode())
+    _write(folder / "fusion.md", markdown)
+    _write(folder / "fusion.png", pages.png(figure))
+    _write(folder / "fusion.html", page.encode())
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug_core.ablation.variants import Variant, distinct
+from mplug_core.ablation.variants import Variant, distinct, of_all
 from mplug_core.allocator import keep_freed_memory
 from mplug_core.bench.measure import Timing, take_turns
 from mplug_core.model.config import MplugConfig
@@ -63,17 +63,17 @@ def costs(
     passes = {first.name: _pass(first.configure(config), shape, torch.device(device)) for first in networks}
     timings = take_turns(passes, repeats, advance=advance)
     found: dict[str, Cost] = {}
-    for first, same in networks.items():
+    for first in networks:
         own = first.configure(config)
         mode = traced_pass(own, shape)
         with hollow():
             parameters = sum(p.numel() for p in Fusion(own).parameters())
         flops = mode.trace.flops
-        cost = Cost(
+        found[first.name] = Cost(
             parameters, flops["forward"], flops["backward"], mode.trace.saved, mode.trace.peak, timings[first.name]
         )
-        found |= {variant.name: cost for variant in same}
-    return {variant.name: found[variant.name] for variant in variants}
+    every = of_all(networks, found)
+    return {variant.name: every[variant.name] for variant in variants}
 
 
 def _streams(config: MplugConfig, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

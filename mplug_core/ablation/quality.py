@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from mplug_core.ablation.variants import Variant, distinct
+from mplug_core.ablation.variants import Variant, distinct, of_all
 from mplug_core.bench.measure import Timing, take_turns
 from mplug_core.errors import DataError, RecipeError
 from mplug_core.model.config import MplugConfig
@@ -120,8 +120,7 @@ class Experiment:
         """Of a whole training step of each network, the update of the weights and all losses included."""
         networks = distinct(variants, self.config)
         steps = {first.name: self._step(first) for first in networks}
-        timings = take_turns(steps, repeats, advance=advance)
-        return {variant.name: timings[first.name] for first, same in networks.items() for variant in same}
+        return of_all(networks, take_turns(steps, repeats, advance=advance))
 
     def _step(self, variant: Variant) -> Callable[[], None]:
         self._share_features(variant, self.seeds[0])
@@ -152,8 +151,9 @@ class Experiment:
 
     def curves(self, variants: Sequence[Variant]) -> dict[str, dict[str, list[Curve]]]:
         """Of each variant by its name the evaluated metrics, over steps: a curve a seed. DataError without a run."""
+        networks = distinct(variants, self.config)
         found: dict[str, dict[str, list[Curve]]] = {}
-        for first, same in distinct(variants, self.config).items():
+        for first in networks:
             metrics: dict[str, list[Curve]] = {}
             for seed in self.seeds:
                 log = read_log(self.folder / self.run_of(first, seed) / METRICS)
@@ -161,8 +161,8 @@ class Experiment:
                     raise DataError(f"{self.folder} has no evaluations of {first.name}", "train it first")
                 for name, curve in log.evaluations.items():
                     metrics.setdefault(name, []).append(curve)
-            found |= {variant.name: metrics for variant in same}
-        return found
+            found[first.name] = metrics
+        return of_all(networks, found)
 
 
 def at_step(curve: Curve, step: float) -> float:
@@ -189,12 +189,23 @@ class Quality:
     spread: float
 
 
+def last_step(curves: Mapping[str, Mapping[str, Sequence[Curve]]], metric: str) -> int:
+    """The last step that all networks and seeds have seen."""
+    return min(curve.steps[-1] for metrics in curves.values() for curve in metrics[metric])
+
+
+def equal_time(
+    curves: Mapping[str, Mapping[str, Sequence[Curve]]], seconds: Mapping[str, float], metric: str
+) -> float:
+    """Seconds in which the fastest network, by the ``seconds`` of its step, comes to :func:`last_step`."""
+    return last_step(curves, metric) * min(seconds[name] for name in curves)
+
+
 def qualities(
     curves: Mapping[str, Mapping[str, Sequence[Curve]]], seconds: Mapping[str, float], metric: str
 ) -> dict[str, Quality]:
     """The quality of each network by ``metric``; ``seconds`` are those of its step."""
-    last = min(curve.steps[-1] for metrics in curves.values() for curve in metrics[metric])
-    budget = last * min(seconds[name] for name in curves)
+    last, budget = last_step(curves, metric), equal_time(curves, seconds, metric)
     found = {}
     for name, metrics in curves.items():
         steps = budget / seconds[name]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mplug_core.ablation.cost import Cost, Shape
-from mplug_core.ablation.quality import Experiment, qualities
+from mplug_core.ablation.quality import Experiment, equal_time, last_step, qualities
 from mplug_core.ablation.variants import Variant, distinct
 from mplug_core.bench.measure import Machine, Report, Timing
 from mplug_core.model.config import MplugConfig
@@ -69,7 +69,7 @@ def quality_report(
     columns = ["fusion", "layers", "step", "spread, s", "of connected", "steps in equal time"]
     for metric in metrics:
         columns += [f"{metric}, equal steps", *(["seeds apart"] if several else []), "equal time"]
-    steps = min(curve.steps[-1] for own in curves.values() for curve in own[metrics[0]])
+    steps = last_step(curves, metrics[0])
     title = f"Fusion networks trained alike: {experiment.recipe.name}, {steps} steps"
     report = Report("ablate fusion --train", title, columns, machine)
     for variant in variants:
@@ -82,7 +82,7 @@ def quality_report(
             spread = [f"{100 * quality.spread:.1f}"] if several else []
             row += [f"{100 * quality.equal_steps:.1f}", *spread, f"{100 * quality.equal_time:.1f}"]
         report.rows.append(row)
-    budget = steps * min(medians.values())
+    budget = equal_time(curves, medians, metrics[0])
     report.figures = {
         "steps": steps,
         "seeds": list(experiment.seeds),
@@ -90,11 +90,10 @@ def quality_report(
         "step_seconds": {name: timing.seconds for name, timing in seconds.items()},
         "quality": {metric: {name: asdict(quality) for name, quality in of.items()} for metric, of in found.items()},
         "curves": {
-            variant.name: {
-                metric: [[curve.steps, curve.values] for curve in curves[variant.name][metric]] for metric in metrics
+            first.name: {
+                metric: [[curve.steps, curve.values] for curve in curves[first.name][metric]] for metric in metrics
             }
-            for same in distinct(variants, experiment.config).values()
-            for variant in same[:1]
+            for first in distinct(variants, experiment.config)
         },
     }
     report.notes = [

@@ -5,13 +5,15 @@ Two descriptions may be the same network: of six layers a stride of 6 connects n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mplug_core.errors import UsageError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import nearest
+
+T = TypeVar("T")
 
 STRIDES = (1, 2, 3, 6)
 
@@ -64,3 +66,8 @@ def distinct(variants: Sequence[Variant], config: MplugConfig) -> dict[Variant, 
     for variant in variants:
         found.setdefault(variant.layout(config), []).append(variant)
     return {same[0]: same for same in found.values()}
+
+
+def of_all(networks: Mapping[Variant, Sequence[Variant]], found: Mapping[str, T]) -> dict[str, T]:
+    """What was ``found`` of each of the :func:`distinct` networks, by the name of every variant that is it."""
+    return {variant.name: found[first.name] for first, same in networks.items() for variant in same}
