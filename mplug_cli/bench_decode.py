@@ -8,8 +8,9 @@ import typer
 
 from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, chosen, measuring, show_report
 from mplug_cli.options import Device
+from mplug_core.bench.opponents import DECODE as OPPONENTS
+from mplug_core.bench.opponents import DECODE_ONCE
 
-OPPONENTS = ("hf-blip", "plain", "no-cache")
 IMAGES = (1, 4)
 
 
@@ -33,8 +34,8 @@ def decode(
     """Beam search for 1 and 4 images with random weights: seconds, and the memory of the caches."""
     names = chosen(against, OPPONENTS)
     check_size(size)
-    slow = [name for name in names if name != "hf-blip"]  # they have one turn
-    turns = len(IMAGES) * ((1 + len(names) - len(slow)) * (1 + repeats) + len(slow))
+    once = len(set(names) & set(DECODE_ONCE))
+    turns = len(IMAGES) * ((1 + len(names) - once) * (1 + repeats) + once)
     with measuring("decoding", turns, device, threads) as (device, advance):
         from mplug_core.bench.decode import Captioning, bench_decode
         from mplug_core.bench.sizes import image_tokens, measured_config

@@ -8,8 +8,7 @@ import typer
 
 from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, chosen, measuring, show_report
 from mplug_cli.options import Device
-
-OPPONENTS = ("hf-blip", "plain")
+from mplug_core.bench.opponents import RERANK as OPPONENTS
 
 
 def rerank(

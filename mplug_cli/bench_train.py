@@ -7,12 +7,9 @@ from typing import Annotated
 import typer
 
 from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, chosen, measuring, show_report
+from mplug_core.bench.opponents import TRAIN as OPPONENTS
 
-OPPONENTS = (
-    "teacher", "teacher-images", "itm", "padding", "logits", "mlm", "qkv", "attention", "naive", "naive-but-itm",
-    "checkpointing", "compile",
-)  # fmt: skip
-UNASKED = OPPONENTS[:-1]
+UNASKED = tuple(name for name in OPPONENTS if name != "compile")
 """Without being named: compiling takes minutes."""
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from mplug_core import generation
 from mplug_core.bench.allocations import peak_bytes
 from mplug_core.bench.measure import Machine, Report, Timing, take_turns
+from mplug_core.bench.opponents import DECODE as OPPONENTS
+from mplug_core.bench.opponents import DECODE_ONCE
 from mplug_core.bench.peers import blip_decoder
 from mplug_core.errors import MplugError
 from mplug_core.generation import Decoding, generate
@@ -22,15 +24,6 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.decoder import Decoder
 from mplug_core.model.mplug import initialise
-
-OPPONENTS = {
-    "hf-blip": "HF BLIP, cached",
-    "plain": "mPLUG, no cache, nothing shared",
-    "no-cache": "mPLUG, no cache",
-}
-"""What decoding may be measured against, and its name in the table."""
-SLOW = ("plain", "no-cache")
-"""Measured once."""
 
 OURS = "mPLUG"
 START, END = 101, 102
@@ -143,11 +136,11 @@ def bench_decode(
     for count in images:
         memory = contest.memory(count)
         ways = {name: _Written(way, memory) for name, way in contest.ways(against).items()}
-        timings = take_turns(ways, repeats, advance=advance, once=SLOW)
+        timings = take_turns(ways, repeats, advance=advance, once=DECODE_ONCE)
         for name in against:
             same[name] &= ways[name].ids == ways["mplug"].ids
         _add(report, count, captioning.tokens, timings)
-    if not all(same.get(name, True) for name in SLOW):
+    if not all(same.get(name, True) for name in DECODE_ONCE):
         raise MplugError("decoding with the cache and without it gave different ids", "this is a fault: report it")
     _notes(report, contest, same, config)
     _memory(report, contest, max(images), against)
@@ -184,7 +177,7 @@ def _notes(report: Report, contest: Contest, same: dict[str, bool], config: Mplu
         f"width {config.width}, {config.decoder_layers} layers, {config.vocab_size} words, random weights; the image "
         "encoder is not part of it: it is the same work on every side"
     )
-    if any(name in same for name in SLOW):
+    if any(name in same for name in DECODE_ONCE):
         report.notes.append("with the cache and without it: the same ids; without it is measured once")
     if "hf-blip" in same:
         ids = "the same ids" if same["hf-blip"] else "other ids"
@@ -204,7 +197,7 @@ def _memory(report: Report, contest: Contest, images: int, against: Sequence[str
     )
     if contest.device != "cpu":
         return
-    ways, weights = contest.ways([name for name in against if name not in SLOW]), contest.weights()
+    ways, weights = contest.ways([name for name in against if name not in DECODE_ONCE]), contest.weights()
     peaks = {name: peak_bytes(partial(way, memory), [*weights, memory]) for name, way in ways.items()}
     report.figures["peak_bytes"] = {"images": images, **peaks}
     shown = ", ".join(f"{OPPONENTS.get(name, OURS)} {_mb(size)}" for name, size in peaks.items())

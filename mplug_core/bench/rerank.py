@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mplug_core.bench.measure import Machine, Report, Timing, take_turns
+from mplug_core.bench.opponents import RERANK as OPPONENTS
 from mplug_core.bench.peers import blip_matching
 from mplug_core.data.text import SPECIAL_TOKENS, Tokenizer
 from mplug_core.errors import MplugError
@@ -20,9 +21,6 @@ from mplug_core.objectives.matching import MATCH
 from mplug_core.tasks.ranking import encode_texts, match
 from mplug_core.tasks.task import Ready
 from mplug_core.tasks.vqa import answer_questions
-
-OPPONENTS = ("hf-blip", "plain")
-"""HF transformers' BLIP; our own model without sharing."""
 
 LABELS = {
     "mplug": "mPLUG",

@@ -13,6 +13,8 @@ import torch
 from mplug_core.bench.allocations import peak_bytes
 from mplug_core.bench.measure import Machine, Report, Timing, take_turns
 from mplug_core.bench.naive import Undo, undone
+from mplug_core.bench.opponents import SWITCHES, TOGETHER
+from mplug_core.bench.opponents import TRAIN as OPPONENTS
 from mplug_core.bench.step import RealStep
 from mplug_core.data.batches import Source
 from mplug_core.data.records.types import CaptionRecord
@@ -25,11 +27,6 @@ from mplug_core.training.distributed import ALONE
 from mplug_core.training.engine import build_engine
 from mplug_core.training.workload import Workbench, encoders_of
 
-NAIVE = ("teacher", "teacher-images", "itm", "padding", "logits", "mlm", "qkv", "attention")
-"""Choices that are undone one at a time (see :mod:`naive`)."""
-TOGETHER = {"naive": NAIVE, "naive-but-itm": tuple(name for name in NAIVE if name != "itm")}
-SWITCHES = {"checkpointing": "with checkpointing of all towers", "compile": "with engine.compile"}
-OPPONENTS = (*NAIVE, *TOGETHER, *SWITCHES)
 TOWERS = ("visual", "text", "fusion", "decoder")
 WORDS = (5, 25)
 """Fewest and most words of a caption, equally often."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mplug_core.bench.train import NAIVE, OPPONENTS, TOGETHER, TOWERS, Pretraining, Trial, bench_train
+from mplug_core.bench.opponents import NAIVE, TOGETHER
+from mplug_core.bench.train import OPPONENTS, TOWERS, Pretraining, Trial, bench_train
 from mplug_core.model.attention import CrossAttention
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.decoder import LanguageHead
