@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from mplug_core.bench.photos import photo_like
+from mplug_core.bench.photos import write_photos
 from mplug_core.data.batches import Lots
 from mplug_core.data.scenes import write_scenes
 from mplug_core.data.shards.pack import PackOptions, pack
@@ -39,14 +39,13 @@ BAR = 5.0
 TRAIN_STEPS = 12
 
 
-def write_photos(folder: Path, count: int) -> None:
+def write_captioned(folder: Path, count: int) -> None:
     """``captions.jsonl`` on ``count`` photo-like pictures."""
-    (folder / "images").mkdir(parents=True)
+    photos = write_photos(folder / "images", count)
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
-        for k in range(count):
-            photo_like(k).save(folder / "images" / f"{k}.jpg", quality=88)
+        for k, photo in enumerate(photos):
             captions = [f"a photo of {k % 10} things in front of number {k % 7}"] * 5
-            file.write(json.dumps({"image": f"images/{k}.jpg", "caption": captions}) + "\n")
+            file.write(json.dumps({"image": f"images/{photo.name}", "caption": captions}) + "\n")
 
 
 def tiny_on(pack_folder: Path, run: Path, tasks: dict[str, float], augment: str = "none") -> Recipe:
@@ -119,7 +118,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write_scenes(root / "scenes", arguments.scenes, 0)
-        write_photos(root / "photos", arguments.photos)
+        write_captioned(root / "photos", arguments.photos)
         pack(PackOptions(str(root / "scenes"), split="train", shard_size=5_000_000), root / "scenes-pack")
         pack(PackOptions(str(root / "photos"), shard_size=5_000_000), root / "photos-pack")
         all_tasks = {"pretrain": 1, "caption": 1, "vqa": 4, "grounding": 2, "statements": 1, "entailment": 1}

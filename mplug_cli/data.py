@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,10 +49,8 @@ def scenes(
     """
     from mplug_core.data.scenes.folder import split_sizes, write_scenes
     from mplug_core.data.scenes.world import WORLDS
-    from mplug_core.recipe import nearest
 
-    if world not in WORLDS:
-        raise UsageError(f"no world {world!r}{nearest(world, WORLDS)}", " or ".join(WORLDS))
+    _check_choice("world", world, WORLDS)
     workers = workers or os.cpu_count() or 1
     if quiet or not sys.stderr.isatty():
         totals = write_scenes(out, n, seed, size, workers, WORLDS[world])
@@ -93,12 +92,10 @@ def inspect_data(
     from mplug_core.data.records.inspection import inspect
     from mplug_core.data.records.types import FORMATS
     from mplug_core.data.shards.remote import locate
-    from mplug_core.recipe import nearest
 
     formats = sorted({name for names in FORMATS.values() for name in names} | {"shards"})
-    for what, value, choices in (("task", task, tuple(FORMATS)), ("format", layout, formats)):
-        if value is not None and value not in choices:
-            raise UsageError(f"no {what} {value!r}{nearest(value, choices)}", f"{what}s: {', '.join(choices)}")
+    _check_choice("task", task, FORMATS)
+    _check_choice("format", layout, formats)
     folder = locate(path, split, layout if layout == "shards" else None)
     if folder is not None:
         from mplug_core.data.shards.reading import Pack
@@ -113,6 +110,14 @@ def inspect_data(
         write_line(json_line(found.as_object()))
     else:
         _show_inspection(found)
+
+
+def _check_choice(what: str, value: str | None, choices: Collection[str]) -> None:
+    """UsageError unless ``value`` is one of ``choices``, or None."""
+    from mplug_core.recipe import nearest
+
+    if value is not None and value not in choices:
+        raise UsageError(f"no {what} {value!r}{nearest(value, choices)}", f"{what}s: {', '.join(choices)}")
 
 
 def _show_inspection(found: Inspection) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug_core.model.decoder import Reduce
+
 
 def full_precision(tensor: Tensor) -> Tensor:
     """``tensor`` in float32 when it is half or bfloat16; float32 and float64 stay as they are."""
@@ -56,11 +58,11 @@ def token_cross_entropy(
     return F.cross_entropy(logits, target, reduction="none")
 
 
-Head = Callable[[Tensor, Callable[[Tensor, slice], Tensor]], Tensor]
+Head = Callable[[Tensor, Reduce], Tensor]
 """A language head on rows [M, W], reduced chunk by chunk: ``Decoder.logits`` or ``MplugModel.masked_logits``."""
 
 
-def no_head(logits: Tensor, reduce: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def no_head(logits: Tensor, reduce: Reduce) -> Tensor:
     """For rows that are logits already."""
     return reduce(logits, slice(0, len(logits)))
 
