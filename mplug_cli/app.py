@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -109,6 +109,16 @@ for _name, (_, _line) in COMMANDS.items():
     app.command(_name, help=_line)(lambda: None)
 
 
+def entry_point() -> NoReturn:
+    """The installed command: :func:`main` in a process of its own."""
+    code = main()
+    if "mplug_core.training.distributed" in sys.modules:  # this process has trained, maybe with others
+        from mplug_core.training.distributed import end_process
+
+        end_process(code)
+    sys.exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code. Never raises."""
     debug = bool(os.environ.get(DEBUG_VARIABLE))
@@ -190,4 +200,4 @@ def _leave_closed_pipes() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

@@ -194,9 +194,7 @@ def last_step(curves: Mapping[str, Mapping[str, Sequence[Curve]]], metric: str) 
     return min(curve.steps[-1] for metrics in curves.values() for curve in metrics[metric])
 
 
-def equal_time(
-    curves: Mapping[str, Mapping[str, Sequence[Curve]]], seconds: Mapping[str, float], metric: str
-) -> float:
+def equal_time(curves: Mapping[str, Mapping[str, Sequence[Curve]]], seconds: Mapping[str, float], metric: str) -> float:
     """Seconds in which the fastest network, by the ``seconds`` of its step, comes to :func:`last_step`."""
     return last_step(curves, metric) * min(seconds[name] for name in curves)
 

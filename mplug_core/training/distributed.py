@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,7 @@ class World:
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """As :meth:`gather_rows`, but what the other processes' losses say of these rows comes back as gradient."""
-        if self.size == 1:
-            return rows
-        from torch.distributed.nn.functional import all_gather
-
-        counts = self.gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
-        padded = torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
-        parts = all_gather(padded.contiguous())
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        return rows if self.size == 1 else GatherWithGradient.apply(rows, self)
 
     def gather_own_gradient(self, rows: Tensor) -> Tensor:
         """As :meth:`gather_rows`, but this process's own rows keep their gradient: that of its own loss alone."""
@@ -103,8 +100,44 @@ class World:
             dist.barrier()
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """Rows of all processes; backward adds up what each process's loss says of this one's.
+
+    PyTorch's own (torch.distributed.nn.functional) is deprecated, and as its default arguments hold the process group
+    of the moment of its import for good, the group's threads would outlive ``destroy_process_group``.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, world: World) -> Tensor:
+        counts = world.gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+        context.own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
+        return world.gather_rows(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()  # other functions may be given the same gradient
+        dist.all_reduce(total)
+        return total[context.own], None
+
+
 ALONE = World(0, 1, 0)
 """One process that knows of no other."""
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit as ``sys.exit`` does, but without Python's own dismantling while processes are connected.
+
+    A group's thread that has the tensors of its last exchange still to free when the interpreter goes aborts the
+    process, which then seems to have failed. To destroy the group first is not enough: DeepSpeed's parameters hold it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        atexit._run_exitfuncs()  # workers of loaders are ended there, and trackers send what they have left
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # none, a broken one, or a closed one
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def launched_by_slurm(environment: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mplug_core.recipe import EngineSection
-from mplug_core.training.distributed import World
+from mplug_core.training.distributed import World, end_process
 from mplug_core.training.engine import Engine, build_engine, import_deepspeed
 from mplug_core.training.engine_state import whole_state
 from tests.training.losses import OPTIMIZER, RUNS, Step
@@ -90,3 +90,4 @@ def main(what: str, folder: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    end_process(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,26 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randn(sum(PARTS), 6, generator=generator) for _ in range(2))
     return image, text, torch.arange(sum(PARTS))
+
+
+CONNECTED = """
+import atexit, sys, torch
+from mplug_cli import app
+if "alone" not in sys.argv:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+import mplug_core.training.distributed
+class Dismantled:
+    def __del__(self, write=sys.stderr.write):
+        write("dismantled ")
+sys.modules["kept"] = Dismantled()
+atexit.register(print, "closed", end=" ")
+def main():
+    print("done", end=" ")
+    return 75
+app.main = main
+app.entry_point()
+"""
+"""A command that ends with exit code 75, and tells what of the process is taken down in order."""
 
 
 def loss_of_process(rank: int, port: int, folder: str, gather: str) -> None:
@@ -74,3 +96,30 @@ def test_one_process_gathers_nothing() -> None:
     assert world.gather_with_gradient(rows) is rows
     assert world.any(True)
     assert not world.any(False)
+
+
+@pytest.mark.parametrize(("words", "said"), [([], ""), (["alone"], "dismantled ")])
+def test_a_connected_process_ends_without_dismantling_python(tmp_path: Path, words: list[str], said: str) -> None:
+    command = [sys.executable, "-c", CONNECTED, str(tmp_path / "meeting"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "done closed ", said)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system doesn't list a process's threads")
+def test_the_group_ends_with_its_destruction(tmp_path: Path) -> None:
+    """Nothing of the gathers may hold it: its threads would be there when Python goes."""
+    mp.spawn(destroyed, (str(tmp_path / "meeting"),), nprocs=2)
+
+
+def destroyed(rank: int, meeting: str) -> None:
+    before = threads()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    assert len(threads()) > len(before)
+    rows = torch.ones(rank + 1, 2, requires_grad=True)
+    World(rank, 2, rank).gather_with_gradient(rows).sum().backward()
+    torch.distributed.destroy_process_group()
+    assert "pt_gloo_runloop" not in threads()
+
+
+def threads() -> list[str]:
+    return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
