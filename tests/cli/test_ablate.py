@@ -44,6 +44,7 @@ def test_usage_errors(mplug, arguments: list[str], said: str) -> None:
     assert done.code == 2 and said in done.error
 
 
+@pytest.mark.slow
 def test_training_writes_figure_page_and_tables(mplug, scenes: Path, tmp_path: Path) -> None:
     values = read_yaml(find_recipe("ablation/fusion"))
     values["stages"][0]["steps"], values["stages"][1]["steps"] = 1, 4

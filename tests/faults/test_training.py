@@ -113,6 +113,7 @@ def test_a_step_that_is_no_number_is_left_out(runs: Runs, scenes: Path, tmp_path
     assert is_finite(folder)
 
 
+@pytest.mark.slow
 def test_run_that_comes_to_no_number_any_more_names_its_last_checkpoint(
     runs: Runs, scenes: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_second_signal_ends_at_once(runs: Runs, scenes: Path, whole: Path, tmp_p
     assert differences(whole, folder) == []
 
 
+@pytest.mark.slow
 def test_stopped_before_an_evaluation_and_killed_after_it(
     runs: Runs, scenes: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -485,11 +487,12 @@ def test_step_that_never_ends(runs: Runs, scenes: Path, whole: Path, tmp_path: P
     assert differences(whole, folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "settings", "words"),
     [
         (0.6, ("data.max_bad_fraction=0",), "images can't be read, more than 0.00%"),
-        pytest.param(1.0, (), "images can't be read, more than 1.00%", marks=pytest.mark.slow),
+        (1.0, (), "images can't be read, more than 1.00%"),
     ],
 )
 def test_images_that_become_unreadable(

@@ -62,6 +62,7 @@ def test_scores_of_the_package() -> None:
     assert scores == pytest.approx(EXPECTED, abs=1e-9)
 
 
+@pytest.mark.slow
 @needs_golden
 def test_scores_of_two_sentences() -> None:
     hypotheses, first, second = (

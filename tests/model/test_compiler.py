@@ -30,8 +30,8 @@ def test_timm_is_imported_without_it_and_compiling_works_after_that():
 @pytest.mark.parametrize(
     "use",
     [
-        "import torch._dynamo; found = torch._dynamo.config.__name__",
-        "from torch._dynamo import config; found = config.__name__",
+        pytest.param("import torch._dynamo; found = torch._dynamo.config.__name__", marks=pytest.mark.slow),
+        pytest.param("from torch._dynamo import config; found = config.__name__", marks=pytest.mark.slow),
         "from torch._dynamo.utils import is_compile_supported as asked; asked('cpu'); import torch._dynamo.config; "
         "found = torch._dynamo.config.__name__",
     ],

@@ -260,6 +260,7 @@ def test_parts_of_nocaps(quick: None) -> None:
     assert {name for name in found if name.endswith("_in")} <= {"cider_in", "spice_in"}
 
 
+@pytest.mark.slow
 def test_same_ids_and_empty_captions_are_scored() -> None:
     """Images of two folders with one name are two images, and an empty caption is a bad one."""
     pairs = [(stated("", "a cat on a mat", ""), ""), (stated("", "a dog in the rain"), "a dog in the rain")]
