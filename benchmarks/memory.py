@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -84,13 +84,13 @@ def status(name: str) -> int:
     raise KeyError(name)
 
 
-def work(row: dict[str, Any]) -> None:
-    """Take steps and print what they took; runs in a process of its own."""
+def work(row: dict[str, Any]) -> NoReturn:
+    """Take steps, print what they took, and exit; runs in a process of its own."""
     import torch
 
     from mplug_core.bench.step import RealStep
     from mplug_core.model.config import MplugConfig
-    from mplug_core.training.distributed import World
+    from mplug_core.training.distributed import World, end_process
     from mplug_core.training.engine import build_engine, import_deepspeed
     from mplug_core.training.workload import Workbench
 
@@ -113,6 +113,7 @@ def work(row: dict[str, Any]) -> None:
     found = {"peak": status("VmHWM") - before, "resting": status("VmRSS") - before}
     if world.is_first:
         print("RESULT " + json.dumps(found), flush=True)
+    end_process(0)
 
 
 def measure(row: dict[str, Any]) -> dict[str, int]:
@@ -162,7 +163,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.work:
         work(json.loads(arguments.work))
-        return
     for name, row in ROWS.items():
         if arguments.only and arguments.only not in name:
             continue

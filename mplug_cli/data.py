@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli.choices import check_choice
 from mplug_cli.pack import pack_data
 from mplug_cli.streams import json_line, write_line
 from mplug_core.errors import UsageError
@@ -50,7 +50,7 @@ def scenes(
     from mplug_core.data.scenes.folder import split_sizes, write_scenes
     from mplug_core.data.scenes.world import WORLDS
 
-    _check_choice("world", world, WORLDS)
+    check_choice("world", world, WORLDS)
     workers = workers or os.cpu_count() or 1
     if quiet or not sys.stderr.isatty():
         totals = write_scenes(out, n, seed, size, workers, WORLDS[world])
@@ -94,8 +94,8 @@ def inspect_data(
     from mplug_core.data.shards.remote import locate
 
     formats = sorted({name for names in FORMATS.values() for name in names} | {"shards"})
-    _check_choice("task", task, FORMATS)
-    _check_choice("format", layout, formats)
+    check_choice("task", task, FORMATS)
+    check_choice("format", layout, formats)
     folder = locate(path, split, layout if layout == "shards" else None)
     if folder is not None:
         from mplug_core.data.shards.reading import Pack
@@ -110,14 +110,6 @@ def inspect_data(
         write_line(json_line(found.as_object()))
     else:
         _show_inspection(found)
-
-
-def _check_choice(what: str, value: str | None, choices: Collection[str]) -> None:
-    """UsageError unless ``value`` is one of ``choices``, or None."""
-    from mplug_core.recipe import nearest
-
-    if value is not None and value not in choices:
-        raise UsageError(f"no {what} {value!r}{nearest(value, choices)}", f"{what}s: {', '.join(choices)}")
 
 
 def _show_inspection(found: Inspection) -> None:

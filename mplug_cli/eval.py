@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mplug_cli import show
+from mplug_cli.choices import check_choice
 from mplug_cli.options import Device, Threads
 from mplug_cli.streams import json_line, write_line
 from mplug_cli.vqa import read_answers
@@ -184,8 +185,7 @@ def _check(asked: _Asked) -> None:
     from mplug_core.data.records import FORMATS
 
     for name in asked.tasks:
-        if name not in OPTIONS:
-            raise UsageError(f"no task {name!r}{nearest(name, OPTIONS)}", f"tasks: {', '.join(OPTIONS)}")
+        check_choice("task", name, OPTIONS)
     if asked.rerank is not None and asked.rerank not in RERANKS:
         raise UsageError(f"no rerank {asked.rerank!r}{nearest(asked.rerank, RERANKS)}", f"one of {', '.join(RERANKS)}")
     given = {

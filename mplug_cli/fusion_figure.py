@@ -48,8 +48,8 @@ def _over_time(axes: Axes, lines: Sequence[Line], metric: str, budget: float) ->
         values = [[100 * curve.values[curve.steps.index(step)] for curve in curves] for step in steps]
         seconds = [step * line.step_seconds for step in steps]
         colour = f"C{number % 10}"
-        axes.plot(seconds, [statistics.mean(row) for row in values], "o-", color=colour, ms=3, lw=1.2)
-        axes.lines[-1].set_label(f"{line.name} {line.layers}")
+        label = f"{line.name} {line.layers}"
+        axes.plot(seconds, [statistics.mean(row) for row in values], "o-", color=colour, ms=3, lw=1.2, label=label)
         if len(curves) > 1:
             lows, highs = [min(row) for row in values], [max(row) for row in values]
             axes.fill_between(seconds, lows, highs, color=colour, alpha=0.12, lw=0)

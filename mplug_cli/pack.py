@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from mplug_cli.choices import check_choice
 from mplug_cli.options import OnlyErrors
 from mplug_cli.streams import json_line, write_line
 from mplug_core.errors import UsageError
@@ -65,13 +66,11 @@ def pack_data(
     """
     size = size_in_bytes(shard_size)
     from mplug_core.data.records.types import FORMATS
-    from mplug_core.recipe import nearest
 
     formats = sorted({name for names in FORMATS.values() for name in names} | {"tsv", "urls", "img2dataset"})
-    for what, values, choices in (("task", task or [], tuple(FORMATS)), ("format", [layout], formats)):
-        for value in values:
-            if value is not None and value not in choices:
-                raise UsageError(f"no {what} {value!r}{nearest(value, choices)}", f"{what}s: {', '.join(choices)}")
+    for name in task or ():
+        check_choice("task", name, FORMATS)
+    check_choice("format", layout, formats)
 
     from mplug_core.data.shards.pack import PackOptions, pack
 

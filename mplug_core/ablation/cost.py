@@ -72,8 +72,7 @@ def costs(
         found[first.name] = Cost(
             parameters, flops["forward"], flops["backward"], mode.trace.saved, mode.trace.peak, timings[first.name]
         )
-    every = of_all(networks, found)
-    return {variant.name: every[variant.name] for variant in variants}
+    return of_all(networks, found)
 
 
 def _streams(config: MplugConfig, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -47,17 +47,21 @@ class World:
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows [n, ...] of all processes, in order of rank; n may differ between them. No gradient."""
-        if self.size == 1:
-            return rows
+        return rows if self.size == 1 else self.gather(rows)[0]
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, slice]:
+        """The rows of all of several processes, and where among them those of this one stand."""
         count = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.zeros_like(count) for _ in range(self.size)]
         dist.all_gather(counts, count)
-        longest = int(max(counts))
-        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        lengths = [int(n) for n in counts]
+        padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded.contiguous())
-        return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+        before = sum(lengths[: self.rank])
+        joined = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+        return joined, slice(before, before + len(rows))
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """As :meth:`gather_rows`, but what the other processes' losses say of these rows comes back as gradient."""
@@ -67,10 +71,8 @@ class World:
         """As :meth:`gather_rows`, but this process's own rows keep their gradient: that of its own loss alone."""
         if self.size == 1:
             return rows
-        counts = self.gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
-        before = sum(counts[: self.rank])
-        others = self.gather_rows(rows.detach())
-        return torch.cat([others[:before], rows, others[before + len(rows) :]])
+        others, own = self.gather(rows.detach())
+        return torch.cat([others[: own.start], rows, others[own.stop :]])
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any process."""
@@ -109,9 +111,8 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, rows: Tensor, world: World) -> Tensor:
-        counts = world.gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
-        context.own = slice(sum(counts[: world.rank]), sum(counts[: world.rank + 1]))
-        return world.gather_rows(rows)
+        joined, context.own = world.gather(rows)
+        return joined
 
     @staticmethod
     @once_differentiable

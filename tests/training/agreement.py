@@ -11,7 +11,6 @@ with 16 images at once in one process and 8 in each of two.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from pathlib import Path
 
 from mplug_core.data.scenes import write_scenes
 from mplug_core.recipe import Recipe
+from tests.training.processes import ROOT, without_launcher
 from tests.training.recipes import scene_recipe
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 20
 COMMON = (f"steps={STEPS}", "model.dropout=0", "engine.threads=1", "run.save_every=1000", "optimizer.lr=5e-4")
 """At four times this rate the last bits, which depend on the order of sums, grow to 1e-3 within twenty steps."""
@@ -47,10 +46,9 @@ def losses(recipe: Recipe, processes: int = 1) -> list[dict[str, float]]:
     file = folder.with_suffix(".json")
     file.write_text(recipe.model_dump_json(), encoding="utf-8")
     file = file.rename(file.with_suffix(".yaml"))  # JSON is YAML
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run(
         [sys.executable, "-m", "mplug_cli.app", "pretrain", "--recipe", str(file), "--devices", str(processes)],
-        capture_output=True, text=True, cwd=ROOT, env=clean,
+        capture_output=True, text=True, cwd=ROOT, env=without_launcher(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

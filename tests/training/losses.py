@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.recipe import EngineSection, OptimizerSection
-from mplug_core.training.distributed import World
+from mplug_core.training.distributed import World, end_process
 from mplug_core.training.engine import build_engine
 from tests.small import small_config
 
@@ -85,3 +85,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     chosen = sys.argv[1:] or list(RUNS)
     print("RESULT " + json.dumps({name: losses(RUNS[name]) for name in chosen}))
+    end_process(0)

@@ -6,11 +6,7 @@ operations one by one.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +20,8 @@ from mplug_core.training.distributed import ALONE
 from mplug_core.training.engine import build_engine
 from tests.small import random_inputs, small_config, small_model
 from tests.training.losses import RUNS, Step, losses
+from tests.training.processes import result
 
-ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 
 
@@ -94,14 +90,12 @@ def test_goes_with_deepspeed() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     code = (
         "from mplug_core.training import compilation; compilation.BACKEND = 'eager'\n"
+        "from mplug_core.training.distributed import end_process\n"
         "from tests.training.losses import losses\n"
-        "print('RESULT', *losses({'zero_stage': 2, 'precision': 'fp32', 'compile': True})['loss'])"
+        "print('RESULT', losses({'zero_stage': 2, 'precision': 'fp32', 'compile': True})['loss'])\n"
+        "end_process(0)"
     )
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean)
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    assert list(map(float, line.split()[1:])) == pytest.approx(losses(RUNS["plain"])["loss"], abs=1e-4)
+    assert result("-c", code) == pytest.approx(losses(RUNS["plain"])["loss"], abs=1e-4)
 
 
 def test_stage_3_is_refused() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,27 +13,19 @@ from mplug_core.recipe import EngineSection, OptimizerSection
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import BUCKET, PlainEngine, build_engine, deepspeed_config
 from tests.training.losses import RUNS, losses
+from tests.training.processes import result
 
-ROOT = Path(__file__).parent.parent.parent
 ALONE = World(0, 1, 0)
 FP32 = EngineSection(name="plain", precision="fp32")
 BF16 = EngineSection(name="plain", precision="bf16")
+FP32_RUNS = [name for name in RUNS if name.startswith("zero") and "bf16" not in name]
+BF16_RUNS = [name for name in RUNS if name.startswith("zero") and "bf16" in name]
 STEADY = OptimizerSection(lr=1e-2, warmup_steps=0, min_lr=1e-2, weight_decay=0.0, clip=1e9)
 
 
 def deepspeed_losses(names: list[str]) -> dict[str, dict[str, list[float]]]:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.losses", *names], capture_output=True, text=True, cwd=ROOT, env=clean
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
-
-
-FP32_RUNS = [name for name in RUNS if name.startswith("zero") and "bf16" not in name]
-BF16_RUNS = [name for name in RUNS if name.startswith("zero") and "bf16" in name]
+    return result("-m", "tests.training.losses", *names)
 
 
 @pytest.fixture(scope="module")

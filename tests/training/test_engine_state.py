@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +14,8 @@ from mplug_core.recipe import EngineSection, OptimizerSection
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import PlainEngine
 from mplug_core.training.engine_state import state_bytes, whole_state
+from tests.training.processes import result
 
-ROOT = Path(__file__).parent.parent.parent
 FILE = "engine-00000-of-00001.safetensors"
 STEADY = OptimizerSection(lr=1e-2, warmup_steps=0, min_lr=1e-2, weight_decay=0.0, clip=1e9)
 
@@ -144,16 +140,8 @@ def test_damaged_file(tmp_path: Path, content: bytes | str | None) -> None:
 def continued(*words: str, processes: int = 1) -> dict[str, list[float]]:
     """Losses of steps that are gone on with, by the engine that saved and the one that loaded."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    done = subprocess.run(
-        [*command, "tests.training.continued", *words], capture_output=True, text=True, cwd=ROOT, env=clean
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return result(*launcher, "-m", "tests.training.continued", *words)
 
 
 BF16 = ["plain bf16", "zero 2 bf16", "zero 3 bf16"]

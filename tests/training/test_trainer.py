@@ -25,10 +25,10 @@ from mplug_core.training.features import cache_features
 from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe
 from mplug_core.training.trainer import Trainer, train
 from mplug_core.weights.folder import load_model
+from tests.training.processes import ROOT, without_launcher
 from tests.training.recipes import scene_recipe
 from tests.weights.test_bert import make_bert, save_bert
 
-ROOT = Path(__file__).parent.parent.parent
 TIMES = (
     "images_per_second", "tokens_per_second", "mfu", "memory_gb", "seconds", "eta_seconds", "evaluation_seconds",
 )  # fmt: skip
@@ -372,6 +372,7 @@ def launch(
         "import os, signal, sys, torch\n"
         "from mplug_core.errors import Preempted\n"
         "from mplug_core.recipe import Recipe\n"
+        "from mplug_core.training.distributed import end_process\n"
         "from mplug_core.training.trainer import train\n"
         "torch.set_num_threads(1)\n"
         "def watch(kind, figures):\n"
@@ -381,16 +382,21 @@ def launch(
         "    train(Recipe.model_validate_json(open(sys.argv[1]).read()), watch=watch)\n"
         "except Preempted as error:\n"
         "    print('PREEMPTED', error)\n"
+        "end_process(0)\n"
     )
     script = folder / "train.py"
     script.write_text(code)
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     command = [sys.executable, str(script), str(file)]
     if processes > 1:
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script), str(file)]
         command = [sys.executable, *run]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env={**clean, "PYTHONPATH": str(ROOT)}
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout,
+        env={**without_launcher(), "PYTHONPATH": str(ROOT)},
     )
 
 
