@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, measuring, show_report
+from mplug_cli import completion
+from mplug_cli.bench_report import (
+    AsJson,
+    Markdown,
+    Repeats,
+    Size,
+    Threads,
+    check_size,
+    markdown_file,
+    measuring,
+    show_report,
+)
+from mplug_cli.groups import Group
 from mplug_cli.options import Device, Quiet
-from mplug_core.errors import MplugError, UsageError
+from mplug_core.errors import UsageError
+from mplug_core.json_text import to_json
+from mplug_core.outputs import output_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +37,11 @@ if TYPE_CHECKING:
     from mplug_core.bench.measure import Report, Timing
     from mplug_core.training.history import Curve
 
-ablate = typer.Typer(name="ablate", help="Compare parts of the model with their alternatives.", no_args_is_help=True)
+RECIPE = "ablation/fusion"
+
+ablate = typer.Typer(
+    name="ablate", cls=Group, help="Compare parts of the model with their alternatives.", no_args_is_help=True
+)
 
 
 @ablate.callback()
@@ -51,8 +69,14 @@ def fusion(
         typer.Option("--train", metavar="FOLDER", help="Also train every network alike; runs and figure are there."),
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME|FILE", help="With --train: its first stage is shared by all.")
-    ] = "ablation/fusion",
+        str,
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="With --train: its first stage is shared by all.",
+            autocompletion=completion.recipes,
+        ),
+    ] = RECIPE,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="With --train: runs of each network.")] = 1,
     repeats: Repeats = 5,
     threads: Threads = None,
@@ -70,13 +94,16 @@ def fusion(
     check_size(size)
     if overrides and train is None:
         raise UsageError(f"{overrides[0]}: fields of a recipe are for --train", "name a folder for the runs")
+    if train is None and (seeds != 1 or recipe != RECIPE):
+        raise UsageError(f"{'--seeds' if seeds != 1 else '--recipe'} is for --train", "name a folder for the runs")
 
     from mplug_core.ablation.variants import chosen
 
     variants = chosen(only or None)
     if train is None:
-        report, _ = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
-        show_report(report, as_json, markdown)
+        with markdown_file(markdown) as out:
+            report, _ = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
+            show_report(report, as_json, out)
         return
 
     from mplug_cli.watch import watching
@@ -85,17 +112,19 @@ def fusion(
 
     settings = load_recipe(recipe, overrides or [])
     experiment = Experiment(settings, train, tuple(range(settings.seed, settings.seed + seeds)))
-    with watching(quiet) as watch:
-        experiment.train(variants, watch)
-    costs, found = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
-    curves = experiment.curves(variants)
-    quality, steps = _quality(experiment, variants, curves, repeats, threads)
-    text = (costs.markdown() + "\n" + quality.markdown()).encode()
-    _write_folder(experiment.folder, (costs, quality), text, _figure(experiment, variants, curves, steps, found))
-    for report in (costs, quality):
-        show_report(report, as_json, None)
-    if markdown is not None:
-        _write(markdown, text)
+    experiment.check_folder()
+    with markdown_file(markdown, train=train) as out:
+        with watching(quiet) as watch:
+            experiment.train(variants, watch)
+        costs, found = _costs(variants, size, image_tokens, text_tokens, batch, repeats, device, threads)
+        curves = experiment.curves(variants)
+        quality, steps = _quality(experiment, variants, curves, repeats, threads)
+        text = costs.markdown() + "\n" + quality.markdown()
+        _write_folder(experiment.folder, (costs, quality), text, _figure(experiment, variants, curves, steps, found))
+        for report in (costs, quality):
+            show_report(report, as_json, None)
+        if out is not None:
+            out.write(text)
 
 
 def _costs(
@@ -144,7 +173,7 @@ def _figure(
     return draw(lines, metrics, equal_time(curves, seconds, metrics[0]))
 
 
-def _write_folder(folder: Path, reports: Sequence[Report], markdown: bytes, figure: Figure) -> None:
+def _write_folder(folder: Path, reports: Sequence[Report], markdown: str, figure: Figure) -> None:
     """``fusion.json``, ``.md``, ``.png`` and ``.html`` in the experiment's folder."""
     from mplug_cli import pages
 
@@ -154,14 +183,12 @@ def _write_folder(folder: Path, reports: Sequence[Report], markdown: bytes, figu
     notes = [[note] for report in reports for note in (*report.notes, str(report.machine))]
     page = pages.page("Fusion networks", pages.svg(figure), [*sections, ("Notes", [("", [[""], *notes])])])
     objects = [json.loads(report.json()) for report in reports]
-    _write(folder / "fusion.json", (json.dumps(objects, indent=1) + "\n").encode())
+    _write(folder / "fusion.json", to_json(objects, indent=1) + "\n")
     _write(folder / "fusion.md", markdown)
     _write(folder / "fusion.png", pages.png(figure))
-    _write(folder / "fusion.html", page.encode())
+    _write(folder / "fusion.html", page)
 
 
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise MplugError(f"{file} can't be written: {error.strerror}", "check the folder") from error
+def _write(file: Path, content: str | bytes) -> None:
+    with output_file(file, "--train", {}) as out:
+        out.write(content)

@@ -6,24 +6,27 @@ errors answer at once.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
-from mplug_cli import show
+from mplug_cli import show, standard
+from mplug_cli.groups import Group
 from mplug_core.errors import INTERRUPTED, MplugError, Preempted, UsageError
 
 # Base class of the parser's own errors; where it lives differs between versions of typer.
 _ParserError: type[Exception] = typer.BadParameter.__bases__[0]
 
 DEBUG_VARIABLE = "MPLUG_DEBUG"
+COMPLETION_VARIABLE = "_MPLUG_COMPLETE"
+"""Set by the shell where it asks for completions."""
 
 COMMANDS = {
     "caption": ("mplug_cli.caption:caption", "Describe images in a sentence each."),
@@ -40,6 +43,10 @@ COMMANDS = {
         "mplug_cli.eval:evaluate",
         "Score a model on records of one or more tasks, and say how many records could not be used.",
     ),
+    "calibrate": (
+        "mplug_cli.calibrate:calibrate",
+        "Fit a temperature a task on records with known answers, and store it with the model.",
+    ),
     "recipe": ("mplug_cli.recipe:recipe", "List, read, copy and check recipes."),
     "data": ("mplug_cli.data:data", "Make data sets and look into them."),
     "model": ("mplug_cli.model:model", "Download, look at, convert, export and publish models."),
@@ -51,19 +58,23 @@ COMMANDS = {
 
 
 def load_command(name: str) -> Any:
-    """The parser's command or group of a name in :data:`COMMANDS`, with its options."""
-    module, _, attribute = COMMANDS[name][0].partition(":")
-    found = getattr(import_module(module), attribute)
+    """The parser's command or group of a name in :data:`COMMANDS`, with its options.
+
+    A module may have a class ``Parser`` for its command line.
+    """
+    path, _, attribute = COMMANDS[name][0].partition(":")
+    module = import_module(path)
+    found = getattr(module, attribute)
     holder = typer.Typer(add_completion=False, rich_markup_mode=None)
     holder.callback()(lambda: None)
     if isinstance(found, typer.Typer):
         holder.add_typer(found, name=name)
     else:
-        holder.command(name)(found)
+        holder.command(name, cls=getattr(module, "Parser", None))(found)
     return typer.main.get_group(holder).commands[name]
 
 
-class _ImportedWhenCalled(TyperGroup):
+class _ImportedWhenCalled(Group):
     """Knows its commands by name and first line, which is what help and suggestions need."""
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -76,7 +87,6 @@ app = typer.Typer(
     cls=_ImportedWhenCalled,
     help="Vision-language models with cross-modal skip-connections: pre-train, evaluate, use.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -111,6 +121,7 @@ for _name, (_, _line) in COMMANDS.items():
 
 def entry_point() -> NoReturn:
     """The installed command: :func:`main` in a process of its own."""
+    standard.settle()
     code = main()
     if "mplug_core.training.distributed" in sys.modules:  # this process has trained, maybe with others
         from mplug_core.training.distributed import end_process
@@ -123,38 +134,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code. Never raises."""
     debug = bool(os.environ.get(DEBUG_VARIABLE))
     try:
-        try:
-            with warnings.catch_warnings():
-                if not debug:  # libraries' warnings are for those who write code on them
-                    warnings.simplefilter("ignore")
-                code = _run(list(sys.argv[1:] if arguments is None else arguments))
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return code
-        except BrokenPipeError:
-            raise
-        except (KeyboardInterrupt, typer.Abort):
-            if debug:
-                traceback.print_exc()
-            return INTERRUPTED
-        except MplugError as error:
-            if debug:
-                traceback.print_exc()
-            _report(error)
-            return error.exit_code
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            what = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-            show.error(f"internal: {what} (set {DEBUG_VARIABLE}=1 for the traceback)")
-            return 1
-    except BrokenPipeError:
-        _leave_closed_pipes()
+        with contextlib.nullcontext() if debug else _silent_libraries():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has gone
         return 0
+    except BaseException as error:
+        if debug:
+            show.where_from()
+        return _ended_by(error)
+    finally:
+        standard.drop_unwritten()
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Keep libraries' warnings and logs, which are for those who write code on them, from stderr."""
+    handler, root = logging.NullHandler(), logging.getLogger()
+    root.addHandler(handler)  # without any handler at all Python writes to stderr
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
+
+
+def _ended_by(error: BaseException) -> int:
+    """Say what has ended a command, in one line; returns its exit code."""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED
+    if isinstance(error, SystemExit):  # some library's
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, OSError) and (refusal := standard.refusal()) is not None:
+        from mplug_cli.streams import cannot_write
+
+        error = cannot_write(refusal)
+    if isinstance(error, MplugError):
+        _report(error)
+        return error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        # what the system refuses is no fault of the program
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        show.error(f"{where}{error.strerror}")
+        return 1
+    if not isinstance(error, Exception):
+        raise error
+    what = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+    show.error(f"internal: {what} (set {DEBUG_VARIABLE}=1 for the traceback)")
+    return 1
 
 
 def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
+    if COMPLETION_VARIABLE in os.environ:
+        return _complete(command)
     try:
         # Not command(): it prints errors its own way, over several lines, and handles signals and pipes.
         with command.make_context("mplug", arguments) as context:
@@ -163,6 +199,13 @@ def _run(arguments: list[str]) -> int:
         return end.exit_code
     except _ParserError as error:
         return _usage(error)
+    return 0
+
+
+def _complete(command: Any) -> int:
+    """Answer the shell, which shows the user nothing of an error."""
+    with contextlib.suppress(MplugError, OSError, _ParserError):
+        command.main(args=[], prog_name="mplug", standalone_mode=False)
     return 0
 
 
@@ -179,24 +222,12 @@ def _usage(error: Exception) -> int:
     """A mistake that the parser found, in one line; a group without a subcommand gets its help."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(context.get_help(), file=sys.stderr)
+        for line in context.get_help().splitlines():
+            show.line(line)
         return UsageError.exit_code
     hint = f"see {context.command_path} --help" if context is not None else "see mplug --help"
     message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
     raise UsageError(message[:1].lower() + message[1:], hint) from error
-
-
-def _leave_closed_pipes() -> None:
-    """Whoever read our output has gone: what is still buffered goes nowhere, so that the exit is quiet."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(nowhere, stream.fileno())
-        except (AttributeError, ValueError, OSError):  # no stream, a closed one, or one without a file
-            pass
-    os.close(nowhere)
 
 
 if __name__ == "__main__":

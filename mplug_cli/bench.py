@@ -9,8 +9,11 @@ from mplug_cli.bench_load import load
 from mplug_cli.bench_rerank import rerank
 from mplug_cli.bench_start import start
 from mplug_cli.bench_train import train
+from mplug_cli.groups import Group
 
-bench = typer.Typer(name="bench", help="Measure speed and memory here, side by side with others.", no_args_is_help=True)
+bench = typer.Typer(
+    name="bench", cls=Group, help="Measure speed and memory here, side by side with others.", no_args_is_help=True
+)
 
 
 @bench.callback()

@@ -6,8 +6,19 @@ from typing import Annotated
 
 import typer
 
-from mplug_cli.bench_report import AsJson, Markdown, Repeats, Size, Threads, check_size, chosen, measuring, show_report
-from mplug_cli.options import Device
+from mplug_cli.bench_report import (
+    AsJson,
+    Markdown,
+    Repeats,
+    Size,
+    Threads,
+    check_size,
+    chosen,
+    markdown_file,
+    measuring,
+    show_report,
+)
+from mplug_cli.options import Device, Quiet
 from mplug_core.bench.opponents import RERANK as OPPONENTS
 
 
@@ -26,14 +37,16 @@ def rerank(
     device: Device = None,
     as_json: AsJson = False,
     markdown: Markdown = None,
+    quiet: Quiet = False,
 ) -> None:
     """Re-ranking 256 captions of an image and answering 32 questions on it, with random weights: how many a second."""
     names = chosen(against, OPPONENTS)
     check_size(size)
     ways = 2 + 3 * ("plain" in names) + ("hf-blip" in names)
-    with measuring("re-ranking", ways * repeats, device, threads) as (device, advance):
-        from mplug_core.bench.rerank import bench_rerank
-        from mplug_core.bench.sizes import measured_config
+    with markdown_file(markdown) as out:
+        with measuring("re-ranking", ways * repeats, device, threads, quiet) as (device, advance):
+            from mplug_core.bench.rerank import bench_rerank
+            from mplug_core.bench.sizes import measured_config
 
-        report = bench_rerank(measured_config(size), against=names, repeats=repeats, device=device, advance=advance)
-    show_report(report, as_json, markdown)
+            report = bench_rerank(measured_config(size), against=names, repeats=repeats, device=device, advance=advance)
+        show_report(report, as_json, out)

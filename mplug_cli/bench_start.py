@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mplug_cli.bench_report import AsJson, Markdown, Repeats, measuring, show_report
+from mplug_cli.bench_report import AsJson, Markdown, Repeats, markdown_file, measuring, show_report
+from mplug_cli.options import Quiet, model_path
 
 PROCESSES = 4
 
@@ -16,10 +17,12 @@ def start(
     repeats: Repeats = 5,
     as_json: AsJson = False,
     markdown: Markdown = None,
+    quiet: Quiet = False,
 ) -> None:
     """Whole processes: mplug --help, the first caption and the first answer, beside one that imports torch."""
-    with measuring("starts", PROCESSES * (1 + repeats), "cpu", None) as (_, advance):
-        from mplug_core.bench.start import bench_start
+    with markdown_file(markdown, model=model_path(model)) as out:
+        with measuring("starts", PROCESSES * (1 + repeats), "cpu", None, quiet) as (_, advance):
+            from mplug_core.bench.start import bench_start
 
-        report = bench_start(model, repeats, advance)
-    show_report(report, as_json, markdown)
+            report = bench_start(model, repeats, advance)
+        show_report(report, as_json, out)

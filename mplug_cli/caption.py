@@ -9,8 +9,9 @@ import typer
 from mplug_cli import options
 from mplug_cli.answering import Question, Requests, load, write_answers
 from mplug_cli.streams import Inputs, read_inputs
-from mplug_core.device import check_device
+from mplug_core.device import check_device, check_dtype
 from mplug_core.errors import UsageError
+from mplug_core.limits import MOST_BEAMS, MOST_TEXTS
 from mplug_core.tasks.answering import Request
 
 # The defaults of mplug_core.tasks.caption.CaptionTask.decoding, which can't be asked without torch.
@@ -28,8 +29,10 @@ def caption(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
-    beam: Annotated[int | None, typer.Option("--beam", min=1, help=f"Beams; 1 is greedy. Default: {BEAMS}.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Captions for each image, best first.")] = 1,
+    beam: Annotated[
+        int | None, typer.Option("--beam", min=1, max=MOST_BEAMS, help=f"Beams; 1 is greedy. Default: {BEAMS}.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=MOST_TEXTS, help="Captions for each image, best first.")] = 1,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help=f"Longest caption. Default: {MAX_TOKENS}.")
     ] = None,
@@ -40,11 +43,14 @@ def caption(
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0.0, max=1.0, help="With --sample: share of probability drawn from.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="With --sample: repeats a draw.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="With --sample: repeats the draw of each image.")
+    ] = None,
     model: options.Model = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 16,
+    batch_size: options.BatchSize = 16,
     null: Annotated[
         bool, typer.Option("--null", "-0", help="Paths on stdin end in NUL, as find -print0 writes.")
     ] = False,
@@ -58,9 +64,10 @@ def caption(
     """
     settings = _decoding(beam, n, max_tokens, min_tokens, sample, top_p, seed)
     check_device(device)
-    inputs = read_inputs(list(images or []), null)
+    check_dtype(dtype)
+    inputs = read_inputs(list(images or []), null, quiet)
 
-    loaded = load(model, device, quiet, without=("text", "fusion"), threads=threads)
+    loaded = load(model, device, quiet, without=("text", "fusion"), threads=threads, dtype=dtype)
     write_answers(
         _as_requests(inputs), loaded, loaded.captioner(n=n, **settings), lambda found: _fields(found, n > 1), _as_text,
         batch_size=batch_size, as_json=as_json, quiet=quiet, what="captions", failure="of the images could not be read",
@@ -95,7 +102,7 @@ def _decoding(
 
 
 def _as_requests(inputs: Inputs) -> Requests:
-    items = (Request((item,), (Question({"image": item.name}),)) for item in inputs.items)
+    items = (Request((item,), (Question({"image": item.shown}),)) for item in inputs.items)
     return Requests(items, inputs.plain, inputs.total)
 
 

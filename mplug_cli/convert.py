@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mplug_cli import options, show
-from mplug_cli.streams import write_line
+from mplug_cli import completion, options, show
+from mplug_cli.streams import is_terminal, json_line, write_line
 from mplug_core.errors import UsageError
 from mplug_core.recipe import nearest
 
@@ -34,11 +33,21 @@ def convert(
     ] = None,
     allow_missing: Annotated[
         list[str] | None,
-        typer.Option("--allow-missing", metavar="PART", help=f"A part to do without, of {', '.join(PARTS)}; repeated."),
+        typer.Option(
+            "--allow-missing",
+            metavar="PART",
+            help=f"A part to do without, of {', '.join(PARTS)}; repeated.",
+            autocompletion=completion.one_of(PARTS),
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="|".join(DTYPES), help="How weights are stored. Default: as they are."),
+        typer.Option(
+            "--dtype",
+            metavar="|".join(DTYPES),
+            help="How weights are stored. Default: as they are.",
+            autocompletion=completion.one_of(DTYPES),
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace the model folder DST.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The account as one JSON object, with every name.")] = False,
@@ -65,7 +74,7 @@ def convert(
             dtype=getattr(torch, DTYPES[dtype]) if dtype else None, force=force,
         )  # fmt: skip
     if as_json:
-        write_line(json.dumps({"target": str(target), **account.as_dict()}))
+        write_line(json_line({"target": str(target), **account.as_dict()}))
     else:
         _table(account)
     if unknown := account.dropped.get("unknown"):
@@ -93,15 +102,14 @@ def size(count: int) -> str:
 def _table(account: Account) -> None:
     """The account for people: a table on a terminal, aligned plain columns elsewhere."""
     head, rows = ("", "part or reason", "tensors", "parameters", "size"), list(_rows(account))
-    if sys.stdout is not None and sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(*head)
+        table = show.table(head)
         for column in table.columns[2:]:
             column.justify = "right"
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*show.cells(row))
         Console().print(table)
         return
     widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug_cli import completion, show
 from mplug_cli.choices import check_choice
+from mplug_cli.groups import Group
+from mplug_cli.options import Quiet
 from mplug_cli.pack import pack_data
-from mplug_cli.streams import json_line, write_line
+from mplug_cli.streams import is_terminal, json_line, write_line
 from mplug_core.errors import UsageError
 
 if TYPE_CHECKING:
     from mplug_core.data.records.inspection import Inspection, TaskView
 
-data = typer.Typer(name="data", help="Make data sets and look into them.", no_args_is_help=True)
+data = typer.Typer(name="data", cls=Group, help="Make data sets and look into them.", no_args_is_help=True)
 
 
 @data.callback()
@@ -37,10 +40,16 @@ def scenes(
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same scenes.")] = 0,
     size: Annotated[int, typer.Option("--size", min=32, max=1024, help="Pixels a side.")] = 96,
     world: Annotated[
-        str, typer.Option("--world", metavar="full|small", help="small: fewer shapes and colours, learned in minutes.")
+        str,
+        typer.Option(
+            "--world",
+            metavar="full|small",
+            help="small: fewer shapes and colours, learned in minutes.",
+            autocompletion=completion.one_of(("full", "small")),
+        ),
     ] = "full",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one a core.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate a small world: pictures with captions, questions, phrases, statements and entailment, all exact.
 
@@ -52,38 +61,37 @@ def scenes(
 
     check_choice("world", world, WORLDS)
     workers = workers or os.cpu_count() or 1
-    if quiet or not sys.stderr.isatty():
-        totals = write_scenes(out, n, seed, size, workers, WORLDS[world])
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("scenes", total=sum(split_sizes(n).values()))
-            totals = write_scenes(
-                out, n, seed, size, workers, WORLDS[world], progress=lambda done: bar.advance(task, done)
-            )
+    with show.progress("scenes", sum(split_sizes(n).values()), quiet, lines=False) as advance:
+        totals = write_scenes(out, n, seed, size, workers, WORLDS[world], progress=advance)
     for split, records in totals.items():
         counts = ", ".join(f"{number} {kind}" for kind, number in records.items() if kind != "captions")
-        typer.echo(f"{out / split}: {counts}")
+        write_line(f"{out / split}: {counts}")
 
 
 @data.command("inspect")
 def inspect_data(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file or folder of records.")],
     task: Annotated[
-        str | None, typer.Option("--task", help="caption, vqa, grounding, ... Default: all that PATH can serve.")
+        str | None,
+        typer.Option(
+            "--task",
+            help="caption, vqa, grounding, ... Default: all that PATH can serve.",
+            autocompletion=completion.tasks,
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Part of the data set. Default: all of them.")] = None,
     layout: Annotated[
-        str | None, typer.Option("--format", help="The files' format. Default: what they look like.")
+        str | None,
+        typer.Option(
+            "--format", help="The files' format. Default: what they look like.", autocompletion=completion.formats
+        ),
     ] = None,
     images: Annotated[
         str | None, typer.Option("--images", metavar="DIR", help="The folder that image names are relative to.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Of a pack: compute every checksum.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what is understood of a data set: tasks, format, splits, counts, what is missing or broken, examples.
 
@@ -101,6 +109,8 @@ def inspect_data(
         from mplug_core.data.shards.reading import Pack
         from mplug_core.data.shards.summary import inspect_pack
 
+        if images is not None:
+            raise UsageError("--images is for files of records, and a pack has its images", "leave it out")
         found = inspect_pack(Pack(folder), task, verify)
     elif verify:
         raise UsageError(f"{path} is no pack", "--verify is for packs")
@@ -113,13 +123,13 @@ def inspect_data(
 
 
 def _show_inspection(found: Inspection) -> None:
-    write_line(_printable(found.path))
+    write_line(show.printable(found.path))
     for view in found.tasks:
         write_line("")
         write_line(f"task {view.task}")
         _show_splits(view)
         for name, text in _details(view):
-            write_line(f"  {name:<10}{_printable(text)}".rstrip())
+            write_line(f"  {name:<10}{show.printable(text)}".rstrip())
 
 
 def _show_splits(view: TaskView) -> None:
@@ -129,18 +139,17 @@ def _show_splits(view: TaskView) -> None:
         (s.split or "-", s.format, *(f"{n:,}" for n in (s.records, s.usable, s.images, s.missing, s.broken)), s.source)
         for s in view.splits
     ]
-    rows = [tuple(map(_printable, row)) for row in rows]
-    if sys.stdout is not None and sys.stdout.isatty():
+    rows = [tuple(map(show.printable, row)) for row in rows]
+    if is_terminal(sys.stdout):
         from rich.console import Console
         from rich.table import Table
-        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
         for name in header:
             right = name in header[2:-1]
             table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name != "file")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*show.cells(row))
         Console().print(table)
         return
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
@@ -177,7 +186,3 @@ def _short(value: Any) -> str:
     """A value on one line, and not longer than people want to read."""
     text = " ".join((", ".join(map(str, value)) if isinstance(value, list) else str(value)).split())
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mplug_core.errors import MplugError, UsageError
+from mplug_core.errors import UsageError
+from mplug_core.outputs import output_file, unwritable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,49 +21,29 @@ _LONGEST_LABEL = 60
 
 
 @contextmanager
-def place_for_picture(file: Path, source: str) -> Iterator[Callable[[Image.Image], None]]:
+def place_for_picture(file: Path, source: str, model: str | None) -> Iterator[Callable[[Image.Image], None]]:
     """A function that writes a picture to ``file``, whole or not at all, in the format that the suffix names.
 
-    UsageError where ``file`` has no such suffix or is the image ``source`` itself, MplugError where nothing can be
-    written: at once, before anything is computed.
+    UsageError where ``file`` has no such suffix, is the image ``source`` itself or a file of ``model``, MplugError
+    where nothing can be written: at once, before anything is computed.
     """
-    if file.suffix.lower() not in SUFFIXES:
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UsageError(f"--draw {file}: the name has to end in an image format", f"one of {', '.join(SUFFIXES)}")
-    with suppress(OSError, ValueError):  # no file, or an address
-        if os.path.samefile(file, source):
-            raise UsageError(f"--draw {file} is the image itself", "name another file")
-    if file.is_dir():
-        raise MplugError(f"{file} can't be written: it is a folder", "--draw names a file")
-    try:
-        number, beside = tempfile.mkstemp(file.suffix, f".{file.stem[:40]}-", file.parent)
-        os.close(number)
-    except OSError as error:
-        raise _unwritable(file, error) from error
+    with output_file(file, "--draw", {"the image itself": source, "--model": model}, lambda file: False) as out:
+        assert out is not None
 
-    def write(picture: Image.Image) -> None:
-        try:
-            picture.save(beside)
-            os.chmod(beside, 0o666 & ~_umask())
-            os.replace(beside, file)
-        except (OSError, ValueError, KeyError) as error:
-            raise _unwritable(file, error) from error
+        def write(picture: Image.Image) -> None:
+            from PIL import Image
 
-    try:
+            data = io.BytesIO()
+            try:
+                picture.save(data, Image.registered_extensions()[suffix])
+            except (OSError, ValueError, KeyError) as error:  # of a format that takes no picture of this size
+                raise unwritable(file, error, "--draw names a file of another format") from error
+            out.write(data.getvalue())
+
         yield write
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(beside)
-
-
-def _unwritable(file: Path, error: Exception) -> MplugError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return MplugError(f"{file} can't be written: {reason}", "--draw names a file that can be")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> Image.Image:

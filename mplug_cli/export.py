@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mplug_cli import show
+from mplug_cli import completion, options, show
 from mplug_cli.streams import write_line
 from mplug_core.errors import UsageError
 from mplug_core.recipe import nearest
@@ -22,19 +22,30 @@ OPSET = 18
 
 
 def export(
-    spec: Annotated[str, typer.Argument(metavar="MODEL", help="As for --model; mini is the embedded model.")],
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="As for --model; mini is the embedded model.", autocompletion=completion.models
+        ),
+    ],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="What is made.")],
-    form: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = "safetensors",
+    form: Annotated[
+        str, typer.Option("--format", help=f"{', '.join(FORMATS)}.", autocompletion=completion.one_of(FORMATS))
+    ] = "safetensors",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help=f"{', '.join(DTYPES)}; of int8 what is not quantised. Default: bf16."),
+        typer.Option(
+            "--dtype",
+            help=f"{', '.join(DTYPES)}; of int8 what is not quantised. Default: bf16.",
+            autocompletion=completion.one_of(DTYPES),
+        ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=1, metavar="N", help="Pixels. Default: the model's own.")
     ] = None,
     opset: Annotated[int | None, typer.Option("--opset", min=1, help=f"For onnx. Default: {OPSET}.")] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model folder that is there.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a model in another form; the folder is whole or not there.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Annotated
 
 import typer
 
-from mplug_cli import options
-from mplug_cli.pretrain import Planned, run_recipe
+from mplug_cli import completion, options
+from mplug_cli.pretrain import Planned, fields, run_recipe
 
 
 def finetune(
@@ -23,17 +22,17 @@ def finetune(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="Start: a model or run folder, a released checkpoint (.pth), hf:org/name, ms:org/name, a URL, a name "
-            "of mplug model ls, or mini, the embedded model. "
+            help=f"Start: {options.MODELS[0].lower()}{options.MODELS[1:]}, or mini, the embedded model. "
             "Default: start.model of the recipe, else $MPLUG_MODEL, else mini.",
+            autocompletion=completion.models,
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="PATH", help="Where the data is; the same as data.root=PATH.")
-    ] = None,
+    data: options.Data = None,
     run: options.RunFolder = None,
     resume: options.Resume = "auto",
+    allow_changed_data: options.AllowChangedData = False,
     devices: options.Devices = "auto",
+    steps: options.Try = None,
     dry_run: options.DryRun = False,
     device_name: options.DeviceNames = None,
     as_json: options.DryRunJson = False,
@@ -47,9 +46,7 @@ def finetune(
     """
     from mplug_core.recipe import MODEL_VARIABLE, load_recipe
 
-    changes = list(overrides or [])
-    # quoted: a path may look like YAML
-    changes += [f"{key}={json.dumps(value)}" for key, value in (("start.model", model), ("data.root", data)) if value]
+    changes = [*(overrides or []), *fields({"start.model": model or None, "data.root": data})]
     default = {"start": {"model": os.environ.get(MODEL_VARIABLE) or "mini"}}
-    planned = Planned(dry_run, device_name, as_json)
-    run_recipe(load_recipe(recipe, changes, default), run, resume, devices, planned, quiet)
+    planned = Planned(dry_run, device_name, as_json, steps)
+    run_recipe(load_recipe(recipe, changes, default), run, resume, devices, planned, quiet, allow_changed_data)

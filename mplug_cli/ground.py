@@ -18,14 +18,16 @@ from mplug_cli.answering import (
     load,
     looks_like_image,
     requests_on_stdin,
+    shown_share,
     text_field,
     write_answers,
 )  # fmt: skip
 from mplug_cli.drawing import draw_boxes, place_for_picture
 from mplug_cli.streams import read_inputs
-from mplug_core.device import check_device
+from mplug_core.device import check_device, check_dtype
 from mplug_core.errors import UsageError
-from mplug_core.tasks.answering import Asked, Request
+from mplug_core.limits import MOST_AT_ONCE
+from mplug_core.tasks.answering import Asked, Request, is_finite
 
 if TYPE_CHECKING:
     from mplug_core.api import Box
@@ -53,9 +55,10 @@ def ground(
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, also for a single image.")] = False,
     model: options.Model = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, max=1024, help="Images, and phrases, computed at once.")
+        int, typer.Option("--batch-size", min=1, max=MOST_AT_ONCE, help="Images, and phrases, computed at once.")
     ] = 16,
     quiet: options.Quiet = False,
 ) -> None:
@@ -67,7 +70,8 @@ def ground(
     place of the box; the exit code is then 4.
     """
     check_device(device)
-    requests = _requests(list(arguments or []), list(phrases or []))
+    check_dtype(dtype)
+    requests = _requests(list(arguments or []), list(phrases or []), quiet)
     only = _only(requests)
     if draw is not None and only is None:
         raise UsageError("--draw is for one image", "call it once for each")
@@ -79,16 +83,20 @@ def ground(
         corners = " ".join(f"{value:g}" for value in fields["box"])
         return [f"{corners} {question.text}" if several else corners]
 
-    place = nullcontext() if draw is None else place_for_picture(draw, only.images[0].name)
+    place = nullcontext() if draw is None else place_for_picture(draw, only.images[0].name, options.model_path(model))
     with place as write:
-        loaded = load(model, device, quiet, threads=threads)
+        loaded = load(model, device, quiet, threads=threads, dtype=dtype)
         find = loaded.grounder()
 
         def find_and_note(images: ImageEncoding, asked: list[Asked]) -> Sequence[Any]:
             found = find(images, asked)
             if draw is not None:
                 opened.append(asked[0].pictures[0])
-                drawn.extend((_fields(box)["box"], one.question.text) for box, one in zip(found, asked, strict=True))
+                drawn.extend(
+                    (_fields(box)["box"], one.question.text)
+                    for box, one in zip(found, asked, strict=True)
+                    if is_finite(box)
+                )
             return found
 
         write_answers(
@@ -101,7 +109,7 @@ def ground(
 
 def _fields(box: Box) -> dict[str, Any]:
     """The corners to a tenth of a pixel."""
-    return {"box": [round(value, 1) for value in box.corners], "confidence": round(box.confidence, 4)}
+    return {"box": [round(value, 1) for value in box.corners], "confidence": shown_share(box.confidence)}
 
 
 def _only(requests: Requests) -> Request | None:
@@ -110,7 +118,7 @@ def _only(requests: Requests) -> Request | None:
     return items[0] if isinstance(items, list) and len(items) == 1 else None
 
 
-def _requests(arguments: list[str], phrases: list[str]) -> Requests:
+def _requests(arguments: list[str], phrases: list[str], quiet: bool) -> Requests:
     """What is sought: by arguments, by -p on images that arguments or paths on stdin name, or by JSON on stdin."""
     example = 'for example: mplug ground photo.jpg "the left dog"'
     if not arguments and not phrases:
@@ -127,9 +135,9 @@ def _requests(arguments: list[str], phrases: list[str]) -> Requests:
                 raise UsageError(f"a phrase is expected, and {phrase} is an image", hint)
     for phrase in phrases:
         check_text(phrase, "phrase")
-    inputs = read_inputs(arguments)
+    inputs = read_inputs(arguments, quiet=quiet)
     items = (
-        Request((item,), tuple(Question({"image": item.name, "phrase": text}, text) for text in phrases))
+        Request((item,), tuple(Question({"image": item.shown, "phrase": text}, text) for text in phrases))
         for item in inputs.items
     )
     return Requests(list(items) if arguments else items, inputs.plain, inputs.total)
@@ -137,4 +145,4 @@ def _requests(arguments: list[str], phrases: list[str]) -> Requests:
 
 def _parse(values: dict[str, Any]) -> Request:
     item, text = image_field(values), text_field(values, "phrase")
-    return Request((item,), (Question({"image": item.name, "phrase": text}, text),))
+    return Request((item,), (Question({"image": item.shown, "phrase": text}, text),))

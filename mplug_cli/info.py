@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplug_cli import show
-from mplug_cli.streams import write_line
+from mplug_cli import completion, options, show
+from mplug_cli.streams import json_line, write_line
+from mplug_core.errors import shown_address
 
 if TYPE_CHECKING:
     from mplug_core.weights.summary import Summary
@@ -21,19 +21,21 @@ def info(
             metavar="[MODEL]",
             help="As for --model. Default: $MPLUG_MODEL, else the embedded model.",
             show_default=False,
+            autocompletion=completion.models,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Where a model is, its size and parts, what it can do, how it was trained, and its scores; nothing is loaded."""
     from mplug_core.weights.summary import summarise
 
-    with show.downloads():
+    with show.downloads(quiet):
         summary = summarise(spec)
     for note in summary.notes:
-        show.note(note)
+        show.note(note, quiet)
     if as_json:
-        write_line(json.dumps(as_object(summary), ensure_ascii=False))
+        write_line(json_line(as_object(summary)))
         return
     for line in as_lines(summary):
         write_line(show.printable(line))
@@ -66,6 +68,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
         },
         "max_positions": config.max_positions,
         "classifiers": {name: head.labels for name, head in config.classifiers.items()},
+        "calibration": {kind: part.model_dump() for kind, part in config.calibration.items()},
         "scores": [
             {
                 "task": s.task, "data": s.data, "split": s.split, "metric": s.metric, "value": s.value,
@@ -81,7 +84,7 @@ def as_object(summary: Summary) -> dict[str, Any]:
     if recipe is not None:
         values["recipe"] = {
             "name": recipe.name,
-            "start": recipe.start.model,
+            "start": recipe.start.model and shown_address(recipe.start.model),
             "objectives": recipe.objectives,
             "data": [{"path": s.path, "split": s.split, "tasks": list(s.tasks)} for s in recipe.data.sources.values()],
             "facts": training_facts(recipe),
@@ -121,6 +124,9 @@ def _facts(summary: Summary) -> list[list[str]]:
     ]
     for name, head in config.classifiers.items():
         rows.append([f"classifier {name}", ", ".join(head.labels)])
+    if config.calibration:
+        kinds = (f"{kind} (temperature {part.temperature:.3g})" for kind, part in config.calibration.items())
+        rows.append(["calibrated", ", ".join(kinds)])
     if summary.missing:
         rows.append(
             ["not in the files", ", ".join(f"{part} ({len(names)})" for part, names in summary.missing.items())]
@@ -149,7 +155,7 @@ def _training(summary: Summary) -> list[list[str]]:
         return []
     rows = [["recipe", recipe.name]]
     if recipe.start.model:
-        rows.append(["from", recipe.start.model])
+        rows.append(["from", shown_address(recipe.start.model)])
     rows += [[what, value] for what, value in training_facts(recipe).items()]
     for name, source in recipe.data.sources.items():
         split = f", split {source.split}" if source.split else ""

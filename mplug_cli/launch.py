@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,10 +37,10 @@ def processes_wanted(devices: str, engine: str) -> int:
 
     ``devices`` is a number or ``auto``: all CUDA devices, or one process on a CPU.
     """
-    if devices != "auto" and not (devices.isdigit() and int(devices) > 0):
+    if devices != "auto" and not is_count(devices):
         raise UsageError(f"--devices {devices}: not a number of devices", "--devices auto, or --devices 2")
     if is_launched():
-        if devices != "auto" and int(os.environ.get("WORLD_SIZE", devices)) != int(devices):
+        if devices != "auto" and os.environ.get("WORLD_SIZE", devices) != str(int(devices)):
             raise UsageError(f"--devices {devices}, and a launcher has started the processes", "leave --devices out")
         return 1
     if engine == "plain":
@@ -54,6 +55,11 @@ def processes_wanted(devices: str, engine: str) -> int:
     if 0 < available < int(devices):
         raise UsageError(f"--devices {devices}: there are {available}", "ask for as many at most")
     return int(devices)
+
+
+def is_count(devices: str) -> bool:
+    """Whether a text is a number of devices that a run may have."""
+    return re.fullmatch(r"[0-9]{1,6}", devices) is not None and int(devices) > 0
 
 
 def run_in_processes(count: int, arguments: Sequence[str]) -> int:

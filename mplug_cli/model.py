@@ -6,11 +6,14 @@ import typer
 
 from mplug_cli.convert import convert
 from mplug_cli.export import export
+from mplug_cli.groups import Group
 from mplug_cli.info import info
 from mplug_cli.pull import ls, pull
 from mplug_cli.push import push
 
-model = typer.Typer(name="model", help="Download, look at, convert, export and publish models.", no_args_is_help=True)
+model = typer.Typer(
+    name="model", cls=Group, help="Download, look at, convert, export and publish models.", no_args_is_help=True
+)
 
 
 @model.callback()

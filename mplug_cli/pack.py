@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mplug_cli import completion, show
 from mplug_cli.choices import check_choice
 from mplug_cli.options import OnlyErrors
 from mplug_cli.streams import json_line, write_line
@@ -35,13 +35,22 @@ def pack_data(
     split: Annotated[str | None, typer.Option("--split", help="Part of the data set.")] = None,
     layout: Annotated[
         str | None,
-        typer.Option("--format", help="A reader's format, tsv, urls or img2dataset. Default: what SRC looks like."),
+        typer.Option(
+            "--format",
+            help="A reader's format, tsv, urls or img2dataset. Default: what SRC looks like.",
+            autocompletion=completion.formats,
+        ),
     ] = None,
     images: Annotated[
         str | None, typer.Option("--images", metavar="DIR", help="The folder that image names are relative to.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="caption, vqa, ... (again for more). Default: all of SRC.")
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="caption, vqa, ... (again for more). Default: all of SRC.",
+            autocompletion=completion.tasks,
+        ),
     ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Captions alone; no images.")] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Bytes of a shard.")] = "256MB",
@@ -79,7 +88,7 @@ def pack_data(
         report = pack(options, out, workers, max_bad, force, timeout, retries, progress)
     index = report.index
     if report.first_bad and not quiet:
-        print(f"left out: {'; '.join(report.first_bad)}", file=sys.stderr)
+        show.line(f"left out: {'; '.join(report.first_bad)}")
     if as_json:
         values = index.model_dump(mode="json", exclude={"shards", "kinds"})
         kinds = {kind: summary.records for kind, summary in index.kinds.items()}
@@ -100,7 +109,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
     if quiet:
         yield lambda samples, bad: None
         return
-    if sys.stderr.isatty():
+    if show.on_terminal():
         from rich.console import Console
         from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -115,6 +124,6 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         nonlocal told
         if samples - told >= 10_000:
             told = samples
-            print(f"packed {samples:,}, left out {bad:,}", file=sys.stderr)
+            show.line(f"packed {samples:,}, left out {bad:,}")
 
     yield tell

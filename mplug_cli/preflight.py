@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from mplug_cli import show
 from mplug_cli.recipe import as_yaml
-from mplug_cli.streams import write_line
+from mplug_cli.streams import json_line, write_line, write_text
 from mplug_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
 DEVICES = ("a100", "h100", "cpu")
 
 
-def show_check(recipe: Recipe, processes: int, devices: Sequence[str] | None, as_json: bool) -> None:
+def show_check(
+    recipe: Recipe, processes: int, devices: Sequence[str] | None, as_json: bool, quiet: bool = False
+) -> None:
     """Print the recipe and its check; ends with the code of the first fault, if there is any.
 
     The check is printed as comments: what stands on stdout is a recipe that can be run.
@@ -28,16 +29,17 @@ def show_check(recipe: Recipe, processes: int, devices: Sequence[str] | None, as
     names = [name.lower() for name in devices or DEVICES]
     if not as_json:
         # at once: the check takes seconds
-        write_line(as_yaml(recipe))
+        write_text(as_yaml(recipe))
     from mplug_core.training.flops import DEVICE_FLOPS
-    from mplug_core.training.preflight import check_run
+    from mplug_core.training.preflight import check_run, parts_of_check
 
     for name in names:
         if name != "cpu" and name not in DEVICE_FLOPS:
             raise UsageError(f"--device-name {name}: no such device", f"known: {', '.join([*DEVICE_FLOPS, 'cpu'])}")
-    found = check_run(recipe, processes, names)
+    with show.progress("checking", parts_of_check(recipe), quiet, lines=False) as advance:
+        found = check_run(recipe, processes, names, advance)
     if as_json:
-        write_line(json.dumps(found.as_object()))
+        write_line(json_line(found.as_object()))
     else:
         for line in lines_of(found):
             write_line(f"# {line}".rstrip())
@@ -50,7 +52,8 @@ def show_check(recipe: Recipe, processes: int, devices: Sequence[str] | None, as
 
 def lines_of(found: Preflight) -> list[str]:
     """The report as text."""
-    lines = ["", f"processes: {found.processes}, a device each; vocabulary: {found.vocabulary} pieces", ""]
+    pieces = "not known" if found.vocabulary is None else f"{found.vocabulary} pieces"
+    lines = ["", f"processes: {found.processes}, a device each; vocabulary: {pieces}", ""]
     for cost in found.stages:
         lines += _stage_lines(cost, found)
     if len(found.stages) > 1:
@@ -59,12 +62,14 @@ def lines_of(found: Preflight) -> list[str]:
     lines += [_source_line(check) for check in found.sources]
     lines += ["evaluation data", *(_source_line(check) for check in found.evaluations)] if found.evaluations else []
     disk = found.disk
-    lines += [
-        "",
+    needed = (
         f"disk: {_size(disk['needed'])} needed in {disk['folder']} ({disk['kept']} + 1 checkpoints of "
         f"{_size(disk['checkpoint'])}, models of {_size(disk['model'])}, caches {_size(disk['caches'])}), "
-        f"{_size(disk['free'])} free",
-    ]
+        f"{_size(disk['free'])} free"
+        if disk["needed"] is not None
+        else f"disk: {_size(disk['free'])} free in {disk['folder']}; what is needed is not known"
+    )
+    lines += ["", needed]
     lines += [
         f"hours assume {speed['utilisation']:.0%} of {speed['peak_flops'] / 1e12:.3g} TFLOP/s in "
         f"{speed['precision']} on {name}"
@@ -88,6 +93,8 @@ def _stage_lines(cost: StageCost, found: Preflight) -> list[str]:
             # a copy that follows the model
             shown = f"{count['frozen'] / 1e6:.1f}M" if name == "teacher" else ", ".join(parts)
             lines.append(f"  {name:8} {shown}")
+    if not cost.parameters:
+        return [*lines, "  the model's size is not known", ""]
     own = [count for name, count in cost.parameters.items() if name != "teacher"]
     lines.append(f"  {'in all':8} {sum(sum(count.values()) for count in own) / 1e6:.1f}M without the teacher")
     if cost.flops is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mplug_cli import options, show
-from mplug_cli.streams import write_line
+from mplug_cli import completion, options, show
+from mplug_cli.streams import json_line, write_line
 from mplug_core.errors import SOME_INPUTS_FAILED, CheckpointError
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ def pull(
             metavar="NAME...",
             help="hf:org/name[@revision], ms:org/name[@revision], https://host/file.pth[#sha256=HEX], or a short name "
             "(mplug model ls).",
+            autocompletion=completion.models,
         ),
     ],
     offline: Annotated[
@@ -75,7 +75,7 @@ def ls(
     found = {name: cached(name) for name in RELEASED}
     if as_json:
         for name, released in RELEASED.items():
-            write_line(json.dumps(_as_object(released, found[name])))
+            write_line(json_line(_as_object(released, found[name])))
     else:
         rows = [["name", "task", "parameters", "size", "pixels", "here", "source"]]
         rows += [_row(released, found[name]) for name, released in RELEASED.items()]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplug_cli import show
-from mplug_cli.streams import write_line
+from mplug_cli import options, show
+from mplug_cli.streams import json_line, write_line
 from mplug_core.errors import UsageError
 from mplug_core.weights.target import Target
 
@@ -25,9 +24,12 @@ def push(
     licence: Annotated[
         str | None, typer.Option("--license", metavar="ID", help="For the card, such as apache-2.0.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Publish with --license although the card says otherwise.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Upload nothing: print the files and the card.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Upload a model folder with a model card, in one commit; prints its address.
 
@@ -42,7 +44,7 @@ def push(
     from mplug_core.weights.publish import push as upload
 
     with show.downloads(quiet):
-        plan = prepare(spec, place, private, revision, message, licence)
+        plan = prepare(spec, place, private, revision, message, licence, force)
     for text in plan.notes:
         show.note(text, quiet)
     if dry_run:
@@ -60,7 +62,7 @@ def _print(plan: Push, as_json: bool) -> None:
             "target": str(plan.target), "private": plan.private, "revision": plan.revision, "message": plan.message,
             "files": sizes, "card": plan.card.text,
         }  # fmt: skip
-        write_line(json.dumps(values, ensure_ascii=False))
+        write_line(json_line(values))
         return
     from mplug_cli.runs import aligned
 

@@ -20,8 +20,9 @@ from mplug_cli.answering import (
     write_answers,
 )  # fmt: skip
 from mplug_cli.streams import Input, read_inputs
-from mplug_core.device import check_device
+from mplug_core.device import check_device, check_dtype
 from mplug_core.errors import DataError, UsageError
+from mplug_core.limits import MOST_AT_ONCE
 from mplug_core.recipe import CLASSES
 from mplug_core.tasks.answering import Request
 
@@ -45,9 +46,10 @@ def reason(
     as_json: Annotated[bool, typer.Option("--json", help="JSON with the probabilities of all labels.")] = False,
     model: options.Model = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, max=1024, help="Images, and statements, computed at once.")
+        int, typer.Option("--batch-size", min=1, max=MOST_AT_ONCE, help="Images, and statements, computed at once.")
     ] = 16,
     quiet: options.Quiet = False,
 ) -> None:
@@ -59,11 +61,12 @@ def reason(
     "hypothesis"}, give JSON Lines in their order, with "error" where one can't be judged; the exit code is then 4.
     """
     check_device(device)
-    requests = _requests(list(arguments or []), hypothesis)
+    check_dtype(dtype)
+    requests = _requests(list(arguments or []), hypothesis, quiet)
 
     from mplug_core.tasks.task import need
 
-    loaded = load(model, device, quiet, threads=threads)
+    loaded = load(model, device, quiet, threads=threads, dtype=dtype)
     has = {name for name in CLASSES if name in loaded.config.classifiers}
     if requests.plain:
         wanted = "entailment" if hypothesis is not None else "statement"
@@ -76,7 +79,7 @@ def reason(
     )  # fmt: skip
 
 
-def _requests(arguments: list[str], hypothesis: str | None) -> Requests:
+def _requests(arguments: list[str], hypothesis: str | None, quiet: bool) -> Requests:
     """What is to be judged: by arguments, or by JSON on stdin."""
     example = 'for example: mplug reason a.jpg b.jpg "there are two dogs"'
     if hypothesis is not None:
@@ -95,7 +98,7 @@ def _requests(arguments: list[str], hypothesis: str | None) -> Requests:
             raise UsageError(f"a statement is about one image or two, and {len(arguments)} are given", example)
     if not arguments:
         raise UsageError("no image is given", example)
-    items = list(read_inputs(arguments).items)
+    items = list(read_inputs(arguments, quiet=quiet).items)
     if len(items) != len(arguments):
         raise UsageError(f"{len(items)} images are in what {len(arguments)} arguments name", example)
     question = _question(items, "hypothesis", hypothesis) if hypothesis else _question(items, "statement", statement)
@@ -103,7 +106,7 @@ def _requests(arguments: list[str], hypothesis: str | None) -> Requests:
 
 
 def _question(items: list[Input], kind: str, text: str) -> Question:
-    names = [item.name for item in items]
+    names = [item.shown for item in items]
     shown = {"image": names[0]} if len(names) == 1 else {"images": names}
     return Question({**shown, kind: text}, text, "entailment" if kind == "hypothesis" else "statement")
 
@@ -123,9 +126,12 @@ def _parse(values: dict[str, Any]) -> Request:
 
 
 def _fields(found: Judgement) -> dict[str, Any]:
+    if found.probability is None:  # of a text that the vocabulary doesn't know
+        return {"label": found.label, "probability": None, "probabilities": None}
     shown = {name: round(value, 4) for name, value in found.probabilities.items()}
     return {"label": found.label, "probability": shown[found.label], "probabilities": shown}
 
 
 def _as_text(question: Question, fields: dict[str, Any]) -> list[str]:
-    return [f"{fields['label']} {fields['probability']:.2f}"]
+    probability = fields["probability"]
+    return [fields["label"] if probability is None else f"{fields['label']} {probability:.2f}"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mplug_cli import options, show
-from mplug_cli.answering import check_text, load, looks_like_image, picture_opener
-from mplug_cli.streams import Input, Inputs, json_line, read_inputs, write_line
-from mplug_core.device import check_device
+from mplug_cli import completion, options, show
+from mplug_cli.answering import UnknownTexts, check_text, load, looks_like_image, picture_opener
+from mplug_cli.streams import Input, Inputs, json_line, read_inputs, read_text, write_line
+from mplug_core.device import check_device, check_dtype
 from mplug_core.errors import SOME_INPUTS_FAILED, DataError, ImageError, MplugError, UsageError
 from mplug_core.recipe import nearest
 
@@ -54,13 +55,19 @@ def retrieve(
         ),
     ] = None,
     rerank: Annotated[
-        str, typer.Option("--rerank", help="Score of the re-ranked: itm, or itm+itc, with the similarity added.")
+        str,
+        typer.Option(
+            "--rerank",
+            help="Score of the re-ranked: itm, or itm+itc, with the similarity added.",
+            autocompletion=completion.one_of(RERANK),
+        ),
     ] = "itm",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines instead of score and name.")] = False,
     model: options.Model = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     threads: options.Threads = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Images computed at once.")] = 32,
+    batch_size: options.BatchSize = 32,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep features of images.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute all features anew, and keep them.")] = False,
     quiet: options.Quiet = False,
@@ -81,17 +88,19 @@ def retrieve(
     if no_cache and rebuild:
         raise UsageError("--rebuild and --no-cache exclude each other", "choose one")
     check_device(device)
+    check_dtype(dtype)
     to_texts = not queries and bool(given) and looks_like_image(given[0])
     if to_texts:
         image, captions = _image_and_captions(given)
     else:
-        texts, inputs = _texts_and_images(list(queries or []), given)
+        texts, inputs = _texts_and_images(list(queries or []), given, quiet)
 
     from mplug_core.tasks.ranking import default_candidates
 
     loaded = load(
-        model, device, quiet, without=("decoder",) if candidates != 0 else ("decoder", "fusion"), threads=threads
-    )
+        model, device, quiet, without=("decoder",) if candidates != 0 else ("decoder", "fusion"), threads=threads,
+        dtype=dtype,
+    )  # fmt: skip
     if candidates is None:
         candidates = min(CANDIDATES, default_candidates(loaded))
     if candidates and loaded.model.matching_head is None:
@@ -99,7 +108,7 @@ def retrieve(
     settings = {"top": top, "candidates": candidates, "rerank": rerank}
     with _memory(batch_size):
         if to_texts:
-            _list_texts(loaded, image, captions, as_json, settings)
+            _list_texts(loaded, image, captions, as_json, quiet, settings)
         else:
             failed = _list_images(
                 loaded, texts, inputs, as_json, quiet, settings,
@@ -121,7 +130,7 @@ def _image_and_captions(given: list[str]) -> tuple[Input, list[tuple[int, str]]]
     return image, read_captions_file(rest[0])
 
 
-def _texts_and_images(queries: list[str], given: list[str]) -> tuple[list[str], Inputs]:
+def _texts_and_images(queries: list[str], given: list[str], quiet: bool) -> tuple[list[str], Inputs]:
     if not queries:
         if not given:
             raise UsageError("nothing to look for", 'for example: mplug retrieve "a dog on the beach" photos/')
@@ -131,7 +140,7 @@ def _texts_and_images(queries: list[str], given: list[str]) -> tuple[list[str], 
         queries = [text]
     for query in queries:
         check_text(query, "text to look for")
-    return queries, read_inputs(given)
+    return queries, read_inputs(given, quiet=quiet)
 
 
 def read_captions_file(name: str) -> list[tuple[int, str]]:
@@ -139,38 +148,33 @@ def read_captions_file(name: str) -> list[tuple[int, str]]:
 
     Any of the three line ends will do. DataError for a file that can't be read, is not UTF-8, or has no captions.
     """
-    shown = "standard input" if name == "-" else name
-    try:
-        if name == "-":
-            if sys.stdin is None or sys.stdin.isatty():
-                raise UsageError("'-' reads captions from standard input, which is a terminal", "name a file")
-            data = sys.stdin.buffer.read()
-        else:
-            with open(name, "rb") as file:
-                data = file.read()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(
-            f"captions {name} can't be read: {error.strerror}", "give a file, one caption a line"
-        ) from error
-    except ValueError as error:  # also a NUL character in the name
-        raise DataError(f"{shown} is not UTF-8 text", "give a text file, one caption a line") from error
+    hint = "give a text file, one caption a line"
+    if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("'-' reads captions from standard input, which is a terminal", "name a file")
+    text = read_text(name, "captions", hint)
     lines = [(number, line.strip()) for number, line in enumerate(_LINE_END.split(text), 1)]
     captions = [(number, line) for number, line in lines if any(c.isalnum() for c in line)]
     if not captions:
-        raise DataError(f"{shown} has no captions", "one caption a line")
+        raise DataError(f"{'standard input' if name == '-' else name} has no captions", "one caption a line")
     return captions
 
 
 def _list_texts(
-    loaded: Mplug, image: Input, captions: Sequence[tuple[int, str]], as_json: bool, settings: dict[str, Any]
+    loaded: Mplug, image: Input, captions: Sequence[tuple[int, str]], as_json: bool, quiet: bool,
+    settings: dict[str, Any],
 ) -> None:
+    from mplug_core.api import UnknownTextWarning
+
     picture = picture_opener(loaded)(image)
     rerank = settings["rerank"] if settings["candidates"] else "itc"
-    hits = loaded.rank(picture, [caption for _, caption in captions], **settings | {"rerank": rerank})
+    with warnings.catch_warnings():  # what is listed says so itself
+        warnings.simplefilter("ignore", UnknownTextWarning)
+        hits = loaded.rank(picture, [caption for _, caption in captions], **settings | {"rerank": rerank})
+    unknown = UnknownTexts(quiet)
     for rank, hit in enumerate(hits, 1):
         number, caption = captions[hit.number]
-        _write(image.name, rank, hit, {"text": caption, "line": number}, caption, as_json)
+        more = unknown.fields(caption, hit.unknown)
+        _write(image.shown, rank, hit, {"text": caption, "line": number}, caption, as_json, more)
 
 
 def _list_images(
@@ -203,10 +207,12 @@ def _list_images(
     if not gallery.names:
         raise _nothing(gallery)
     found = find_images(loaded, gallery, texts, read, batch_size=caching["batch_size"], **settings)
+    unknown = UnknownTexts(quiet)
     for text, hits in zip(texts, found, strict=True):
+        of_query = unknown.fields(text, loaded.unknown_share(text))
         for rank, hit in enumerate(hits, 1):
-            name = gallery.names[hit.number]
-            _write(text, rank, hit, {"image": name}, name, as_json or len(texts) > 1)
+            name = items[gallery.names[hit.number]].shown
+            _write(text, rank, hit, {"image": name}, name, as_json or len(texts) > 1, of_query)
     return len(gallery.failed)
 
 
@@ -228,10 +234,18 @@ def _nothing(gallery: Gallery) -> MplugError:
     return ImageError(f"none of the {len(gallery.failed)} images can be used, first: {gallery.failed[0][1]}")
 
 
-def _write(query: str, rank: int, hit: Hit | RankedText, what: dict[str, Any], name: str, as_json: bool) -> None:
+def _write(
+    query: str,
+    rank: int,
+    hit: Hit | RankedText,
+    what: dict[str, Any],
+    name: str,
+    as_json: bool,
+    unknown: dict[str, float],
+) -> None:
     if as_json:
         more = {} if hit.match is None else {"similarity": round(hit.similarity, 4), "match": round(hit.match, 4)}
-        write_line(json_line({"query": query, "rank": rank, **what, "score": round(hit.score, 4), **more}))
+        write_line(json_line({"query": query, "rank": rank, **what, "score": round(hit.score, 4), **more, **unknown}))
     else:
         write_line(f"{hit.score:.4f}\t{name}")
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
-import sys
+import os
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mplug_cli import pages, show
-from mplug_cli.streams import write_line
+from mplug_cli.groups import Group
+from mplug_cli.options import Quiet
+from mplug_cli.streams import json_line, write_bytes, write_line
 from mplug_core.errors import MplugError, UsageError
+from mplug_core.outputs import Output, output_file
 
 if TYPE_CHECKING:
     from mplug_cli.pages import Table
     from mplug_core.training.history import Curve, Run
 
-runs = typer.Typer(name="runs", help="Look at runs: curves, checkpoints, state.", no_args_is_help=True)
+runs = typer.Typer(name="runs", cls=Group, help="Look at runs: curves, checkpoints, state.", no_args_is_help=True)
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
@@ -36,6 +41,7 @@ def _group() -> None:
 def ls(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the run folders are.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """The runs in a folder, a line each: state, step, last loss, best score."""
     from mplug_core.training.history import find_runs, read_run
@@ -46,14 +52,14 @@ def ls(
         try:
             run = read_run(path, LISTED_FIGURES)
         except MplugError as error:
-            show.warning(str(error))
+            show.warning(str(error), quiet)
             continue
         if as_json:
-            write_line(json.dumps(as_object(run), ensure_ascii=False))
+            write_line(json_line(as_object(run)))
         else:
             rows.append(_row(run))
     if not found:
-        show.note(f"no runs in {folder}")
+        show.note(f"no runs in {folder}", quiet)
     for line in aligned(rows):
         write_line(line)
 
@@ -66,26 +72,40 @@ def show_runs(
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with curves and tables; - is stdout.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, a run each.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """What runs did and where they are: figures, evaluations, checkpoints; as text, picture, page or JSON."""
     from mplug_core.training.history import read_run
 
     if sum((str(png) == "-", str(html) == "-", as_json)) > 1:
         raise UsageError("only one thing can go to standard output", "name a file for the others")
-    chosen = {name: read_run(folder) for name, folder in names_of(folders).items()}
+    named = names_of(folders)
+    with (
+        _output(png, "--png", named, html) as picture,
+        _output(html, "--html", named, None) as page,
+    ):
+        _show({name: read_run(folder) for name, folder in named.items()}, picture, page, as_json, quiet)
+    for file in (png, html):
+        if file is not None and str(file) != "-" and not as_json:
+            write_line(str(file))
+
+
+def _show(
+    chosen: dict[str, Run], picture: Output | None, page: Output | None, as_json: bool, quiet: bool
+) -> None:
+    """Runs as text or JSON, or as a picture and a page."""
     for run in chosen.values():
         if run.log.unreadable:
-            show.note(f"{run.folder / 'metrics.jsonl'}: {_lines_left_out(run)}")
+            show.note(f"{run.folder / 'metrics.jsonl'}: {_lines_left_out(run)}", quiet)
     if as_json:
         for run in chosen.values():
-            write_line(json.dumps(as_object(run), ensure_ascii=False))
-    if png is not None or html is not None:
+            write_line(json_line(as_object(run)))
+    if picture is not None or page is not None:
         curves = _import_curves()
-        if png is not None:
-            _write(png, pages.png(curves.draw(chosen)), as_json)
-        if html is not None:
-            title = ", ".join(chosen)
-            _write(html, curves.page(title, chosen, sections(chosen)).encode("utf-8", "replace"), as_json)
+        if picture is not None:
+            picture.write(pages.png(curves.draw(chosen)))
+        if page is not None:
+            page.write(curves.page(", ".join(chosen), chosen, sections(chosen)).encode("utf-8", "replace"))
     elif not as_json:
         for line in summary(chosen):
             write_line(line)
@@ -94,7 +114,7 @@ def show_runs(
 def names_of(folders: list[Path]) -> dict[str, Path]:
     """Run folders by what tells them apart: their own names, or their paths where those are the same."""
     distinct = list(dict.fromkeys(folders))
-    short = [folder.resolve().name for folder in distinct]
+    short = [os.path.basename(os.path.realpath(folder)) for folder in distinct]
     unique = len(set(short)) == len(short)
     return {show.printable(name if unique else str(path)): path for name, path in zip(short, distinct, strict=True)}
 
@@ -109,19 +129,29 @@ def _import_curves() -> Any:
     return curves
 
 
-def _write(file: Path, content: bytes, silent: bool) -> None:
+_BEGINNINGS = {"--png": b"\x89PNG", "--html": b"<!DOCTYPE html>"}
+
+
+@contextmanager
+def _standard_output() -> Iterator[Output]:
+    content = io.BytesIO()
+    yield Output(Path("standard output"), content)
+    write_bytes(content.getvalue())
+
+
+def _output(
+    file: Path | None, option: str, runs: dict[str, Path], other: Path | None
+) -> AbstractContextManager[Output | None]:
+    """The file that an option names, or standard output; in a run folder it may replace what such an option wrote."""
     if str(file) == "-":
-        if sys.stdout is None:
-            raise BrokenPipeError
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise MplugError(f"{file} can't be written: {error.strerror}", "check the folder") from error
-    if not silent:
-        write_line(str(file))
+        return _standard_output()
+
+    def replaces(file: Path) -> bool:
+        with open(file, "rb") as stream:
+            return stream.read(len(_BEGINNINGS[option])) == _BEGINNINGS[option]
+
+    inputs = {f"run {name}": folder for name, folder in runs.items()}
+    return output_file(file, option, {**inputs, "--html": None if str(other) == "-" else other}, replaces)
 
 
 def summary(chosen: dict[str, Run]) -> list[str]:
@@ -269,14 +299,16 @@ def sparkline(curve: Curve, width: int = SPARK_WIDTH) -> str:
     finite = [value for value in means if math.isfinite(value)]
     if not finite:
         return ""
-    low, span = min(finite), max(finite) - min(finite)
-    if span <= 1e-9 * max(map(abs, finite)):  # the means of equal values differ by rounding
+    largest = max(map(abs, finite)) or 1.0  # the difference of values may be more than a number holds
+    low = min(finite) / largest
+    span = max(finite) / largest - low
+    if span <= 1e-9:  # the means of equal values differ by rounding
         span = 0.0
 
     def bar(value: float) -> str:
         if not math.isfinite(value):
             return " "
-        return SPARKS[round((value - low) / span * (len(SPARKS) - 1))] if span > 0 else SPARKS[0]
+        return SPARKS[round((value / largest - low) / span * (len(SPARKS) - 1))] if span > 0 else SPARKS[0]
 
     return "".join(map(bar, means))
 
@@ -318,16 +350,7 @@ def as_object(run: Run) -> dict[str, Any]:
         "unreadable": log.unreadable,
         "changed": run.changed,
     }  # fmt: skip
-    return _without_nan(values)
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinities, which JSON lacks, as null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return values
 
 
 def _finite(value: Any) -> bool:

@@ -26,24 +26,43 @@ RATES = (
     ("memory_gb", "{:.1f} GB"),
 )
 
+LINE_SECONDS = 30
+"""Between two lines on how far the features are, where no bar can be drawn."""
+
 
 @contextmanager
 def watching(quiet: bool = False) -> Iterator[Watch]:
     """A :data:`Watch` for :func:`mplug_core.training.trainer.train`."""
     if quiet or not show.on_terminal():
-        yield lambda kind, figures: plain(kind, figures, quiet)
+        yield Lines(quiet)
         return
     from rich.console import Console
 
     console = Console(stderr=True)
     if console.is_dumb_terminal:  # it can't go back up
-        yield plain
+        yield Lines()
         return
     from rich.live import Live
 
     # drawn when there is something new, and never in between
     with Live(console=console, auto_refresh=False) as live:
         yield LiveDisplay(live)
+
+
+class Lines:
+    """One line an event; of how far the features are, which is told every second, one now and then."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.next = 0.0
+
+    def __call__(self, kind: str, figures: dict[str, Any]) -> None:
+        if kind == "features":
+            now = figures["seconds"]
+            if now < self.next and figures["done"] < figures["total"]:
+                return
+            self.next = 0.0 if figures["done"] == figures["total"] else now + LINE_SECONDS
+        plain(kind, figures, self.quiet)
 
 
 def plain(kind: str, figures: dict[str, Any], quiet: bool = False) -> None:
@@ -55,6 +74,9 @@ def plain(kind: str, figures: dict[str, Any], quiet: bool = False) -> None:
         note(str(figures["text"]))
     elif kind == "start":
         show.note(f"stage {figures['stage']}: steps {figures['step']} to {figures['steps']}")
+    elif kind == "features":
+        done = f"features of {figures['of']} {figures['done']}/{figures['total']}"
+        show.line("  ".join((done, *rate_cells(figures))))
     elif kind == "step":
         show.line("  ".join((place(figures), *loss_cells(figures), *rate_cells(figures), *count_cells(figures))))
     elif kind == "evaluation":
@@ -109,6 +131,13 @@ class LiveDisplay:
     def __call__(self, kind: str, figures: dict[str, Any]) -> None:
         if kind == "begin":
             self.steps = figures.get("steps")
+        elif kind == "features":
+            from rich.console import Group
+
+            bar = Bar(f"features of {figures['of']}", figures["done"], figures["total"])
+            self.live.update(Group(bar, Cells(rate_cells(figures), "")), refresh=True)
+        elif kind == "scenes":
+            self.live.update(Bar("scenes", figures["done"], figures["total"]), refresh=True)
         elif kind == "step":
             self.live.update(self.panel(figures), refresh=True)
         elif kind == "evaluation":
@@ -151,7 +180,7 @@ class Bar:
     """``train ━━━━━━━━ 120/400 30%``; the bar takes what the words leave."""
 
     def __init__(self, name: str, done: int, steps: int) -> None:
-        self.name, self.done, self.steps = name, done, steps
+        self.name, self.done, self.steps = show.printable(name), done, steps
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.progress_bar import ProgressBar
@@ -185,11 +214,11 @@ class Cells:
         for cell in self.cells:
             joined = f"{line}  {cell}" if line else cell
             if line and len(joined) > options.max_width:
-                yield Text(line, self.style, no_wrap=True, overflow="ellipsis")
+                yield Text(show.printable(line), self.style, no_wrap=True, overflow="ellipsis")
                 joined = cell
             line = joined
         if line:
-            yield Text(line, self.style, no_wrap=True, overflow="ellipsis")
+            yield Text(show.printable(line), self.style, no_wrap=True, overflow="ellipsis")
 
 
 def score_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -202,10 +231,8 @@ def score_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def score_table(figures: dict[str, Any]) -> Any:
     """The same for a terminal."""
-    from rich.table import Table
-
     head, *rows = score_rows(figures)
-    table = Table(*head)
+    table = show.table(head)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*show.cells(row))
     return table

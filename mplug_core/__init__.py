@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mplug_core.home import settle_home
+
 if TYPE_CHECKING:
     from mplug_core.api import Answer, Box, ImageSource, Judgement, Mplug, Picture, RankedText, load
     from mplug_core.errors import CheckpointError, ImageError, MplugError, UsageError
@@ -17,6 +19,9 @@ __all__ = [
 ]  # fmt: skip
 
 _ERRORS = ("CheckpointError", "ImageError", "MplugError", "UsageError")
+
+
+settle_home()
 
 
 def __getattr__(name: str) -> Any:

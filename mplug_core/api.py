@@ -5,10 +5,11 @@
 >>> print(model.caption("examples/coffee.jpg"))
 a close up of a plate of food on a table
 
-**Images** are whatever a program has of them (:data:`ImageSource`): a path, an http(s) address, the bytes of a file, a
-Pillow image, a uint8 array [H, W, 3], a uint8 tensor [3, H, W], a float tensor [3, S, S] of normalised pixels, or a
-:class:`Picture` of :meth:`Mplug.encode`. One image has one result; several (a list or another iterable, an array or
-tensor with a batch dimension in front) have a list of results in their order. Files are opened in threads while the
+**Images** are whatever a program has of them (:data:`ImageSource`): a path, an http(s) address, a ``data:`` URL or
+base64, the bytes of a file, an open binary file, a dict ``{"bytes", "path"}``, a Pillow image, a uint8 array [H, W, 3],
+a uint8 tensor [3, H, W], a float tensor [3, S, S] of normalised pixels, or a :class:`Picture` of :meth:`Mplug.encode`.
+One image has one result; several (a list or another iterable of images, an array or tensor with a batch dimension in
+front) have a list of results in their order. Files are opened in threads while the
 model computes. An image is encoded once in a call however many texts come with it, and once for several calls if it is
 encoded before them.
 
@@ -20,13 +21,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,14 +35,15 @@ from torch import Tensor
 from mplug_core.allocator import keep_freed_memory
 from mplug_core.cpu import settle_threads
 from mplug_core.data.images import placed_transform
-from mplug_core.data.pictures import ImageSource, Picture, open_picture
+from mplug_core.data.pictures import ImageSource, Picture, is_one_image, open_picture
 from mplug_core.data.text import clean_caption
 from mplug_core.device import choose_device
-from mplug_core.errors import CheckpointError, MplugError, UsageError
-from mplug_core.generation import Answer, DecodingOptions
+from mplug_core.errors import CheckpointError, MplugError, NotFiniteError, UsageError
+from mplug_core.generation import Answer, Decoding, DecodingOptions, seed_of
+from mplug_core.limits import MOST_AT_ONCE
 from mplug_core.model.mplug import ImageEncoding
 from mplug_core.recipe import CLASSES
-from mplug_core.tasks.answering import AnswerBatch, Asked, Request, answer_requests
+from mplug_core.tasks.answering import MOSTLY_UNKNOWN, AnswerBatch, Asked, Request, answer_requests, unknown_note
 from mplug_core.tasks.task import need
 from mplug_core.weights.destination import check_destination
 from mplug_core.weights.folder import Loaded, load_model, texts_beside, write_folder
@@ -50,7 +52,10 @@ from mplug_core.weights.quantised import computes_int8, to_float_layers
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Answer", "Box", "ImageSource", "Images", "Judgement", "Mplug", "Picture", "RankedText", "load"]
+__all__ = [
+    "Answer", "Box", "ImageSource", "Images", "Judgement", "Mplug", "Picture", "RankedText", "UnknownTextWarning",
+    "load",
+]  # fmt: skip
 
 R = TypeVar("R")
 
@@ -67,13 +72,15 @@ Images: TypeAlias = Iterable[ImageSource]
 @dataclass(frozen=True)
 class Box:
     """Corners in pixels of the upright picture, x from the left and y from the top, and how sure the model is: how
-    probable it thinks that the box overlaps the true one by half."""
+    probable it is, or without a calibration how probable the model thinks it, that the box overlaps the true one by
+    half; None where half or more of the phrase is ``unknown`` to the vocabulary, by its pieces."""
 
     x0: float
     y0: float
     x1: float
     y1: float
-    confidence: float
+    confidence: float | None
+    unknown: float = 0.0
 
     @property
     def corners(self) -> tuple[float, float, float, float]:
@@ -86,11 +93,16 @@ class Box:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The label that is most probable, and the probabilities of all."""
+    """The label that is most probable, and the probabilities of all, calibrated where the model is.
+
+    ``probability`` is None where half or more of the text is ``unknown`` to the vocabulary, by its pieces:
+    ``probabilities`` are then what the model computes of what is left of it.
+    """
 
     label: str
-    probability: float
+    probability: float | None
     probabilities: dict[str, float]
+    unknown: float = 0.0
 
     def __str__(self) -> str:
         return self.label
@@ -99,16 +111,22 @@ class Judgement:
 @dataclass(frozen=True)
 class RankedText:
     """A text, its place in what was given (``number``, from 0), the score that it is ranked by, the cosine similarity
-    of image and text, and the logit "match" where matching has looked at the two."""
+    of image and text, the logit "match" where matching has looked at the two, and the share of the text's pieces that
+    are ``unknown`` to the vocabulary."""
 
     text: str
     number: int
     score: float
     similarity: float
     match: float | None = None
+    unknown: float = 0.0
 
     def __str__(self) -> str:
         return self.text
+
+
+class UnknownTextWarning(UserWarning):
+    """Half or more of a text's pieces are unknown to the model's vocabulary, so that answers to it mean little."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +294,8 @@ class Mplug(Loaded):
         Args:
             images: one, or several.
             n: captions for each image; the best has the next ones in its ``others``.
-            seed: repeats what ``strategy="sample"`` draws.
+            seed: repeats what ``strategy="sample"`` draws: the k-th caption of a picture depends on the seed, the
+                picture as the model sees it, and k, not on the batch or its other pictures.
             batch_size: images computed at once.
             decoding: ``strategy``, ``beams``, ``min_tokens``, ``max_tokens``, ``length_penalty``, ``no_repeat``,
                 ``top_p``, ``temperature`` of :class:`~mplug_core.generation.Decoding`. Default: 6 beams, 5 to 25 tokens
@@ -316,16 +335,20 @@ class Mplug(Loaded):
         Args:
             images: one, or several.
             questions: one, or several.
-            choices: choose among these instead of writing; confidences are then probabilities among them.
+            choices: choose among these instead of writing; confidences are then probabilities among them, calibrated
+                where the model is for ``choices``.
             n: answers to each question; the best has the next ones in its ``others``.
-            seed: repeats what ``strategy="sample"`` draws.
+            seed: repeats what ``strategy="sample"`` draws, by the picture and the question; see :meth:`caption`.
             batch_size: images, and questions, computed at once.
             decoding: as of :meth:`caption`. Default: greedy, 1 to 10 tokens (:attr:`VqaTask.decoding`).
 
         >>> model.answer("examples/cat.jpg", "what color is the wall?").text
         'brown'
         """
-        return self._ask(images, questions, self.answerer(choices=choices, n=n, seed=seed, **decoding), batch_size)
+        choices = None if choices is None else _choices(choices)
+        answer = self.answerer(choices=choices, n=n, seed=seed, **decoding)
+        self._warn_of_unknown(choices or ())
+        return self._ask(images, questions, answer, batch_size)
 
     @overload
     def ground(
@@ -431,7 +454,10 @@ class Mplug(Loaded):
         >>> [ranked.text for ranked in model.rank("examples/cat.jpg", ["two boys play soccer", "a cat lying down"])]
         ['a cat lying down', 'two boys play soccer']
         """
+        if not isinstance(texts, str):
+            texts = list(texts)
         rank = self.ranker(texts, rerank=rerank, candidates=candidates, top=top)
+        self._warn_of_unknown(texts)
         return self._ask(images, None, rank, batch_size)
 
     @overload
@@ -481,8 +507,12 @@ class Mplug(Loaded):
         """
         from mplug_core.tasks.ranking import encode_texts
 
+        _whole_number("batch_size", batch_size, 1, MOST_AT_ONCE)
         listed = [clean_caption(text) for text in _texts(texts, "text")]
         found = encode_texts(self, listed, keep_tokens=False, batch_size=batch_size).feature.clone()
+        if not found.isfinite().all():
+            raise NotFiniteError.of("the feature of a text")
+        self._warn_of_unknown(listed)
         return found[0] if isinstance(texts, str) else found
 
     # What follows answers batches of an encoding: for programs that read, batch or stream their own way, see
@@ -502,11 +532,11 @@ class Mplug(Loaded):
         """Captions of the first image of each question; arguments as of :meth:`caption`."""
         from mplug_core.tasks.caption import CaptionTask, describe
 
-        chosen = self.decoding("caption", CaptionTask.decoding).asked(n, **decoding)
-        generator = self._generator(seed, chosen.strategy)
+        chosen = self.decoding("caption", CaptionTask.decoding).asked(n, self.room, **decoding)
+        _check_seed(seed, chosen)
 
         def caption(images: ImageEncoding, asked: list[Asked]) -> list[Answer]:
-            found = describe(self, images[_rows(asked, self.device)], chosen, generator)
+            found = describe(self, images[_rows(asked, self.device)], chosen, _seeds(seed, asked))
             return [_best(answers, n) for answers in found]
 
         return caption
@@ -523,20 +553,25 @@ class Mplug(Loaded):
         from mplug_core.tasks import vqa
 
         need(self.model.decoder is not None, "decoder")
-        chosen = self.decoding("vqa", vqa.VqaTask.decoding).asked(n, **decoding)
+        chosen = self.decoding("vqa", vqa.VqaTask.decoding).asked(n, self.room, **decoding)
         if choices is not None and any(value is not None for value in decoding.values()):
             raise UsageError("choices are ranked, and decoding options are for writing", "leave one of them out")
         if choices is not None:
             choices = _choices(choices)
-        generator = self._generator(seed, chosen.strategy)
+        shares = {choice: self.unknown_share(choice) for choice in choices or ()}
+        _check_seed(seed, chosen)
 
         def answer(images: ImageEncoding, asked: list[Asked]) -> list[Answer]:
             rows, texts = [one.rows[0] for one in asked], [one.question.text for one in asked]
             if choices is not None:
                 found = vqa.rank_answers(self, images, rows, texts, choices)
             else:
-                found = vqa.answer_questions(self, images, rows, texts, chosen, generator)
-            return [_best(answers, n) for answers in found]
+                found = vqa.answer_questions(self, images, rows, texts, chosen, _seeds(seed, asked))
+            asked_of = map(self.unknown_share, texts)
+            return [
+                _best([_less_sure(a, max(share, shares.get(a.text, 0.0))) for a in answers[:n]], n)
+                for answers, share in zip(found, asked_of, strict=True)
+            ]
 
         return answer
 
@@ -546,13 +581,13 @@ class Mplug(Loaded):
 
         need(self.model.decoder is not None, "decoder")
         need(self.tokenizer.bins, "box tokens")
-        settings = {} if draws is None else {"draws": _whole_number("draws", draws, 0)}
+        settings = {} if draws is None else {"draws": _whole_number("draws", draws, 0, MOST_AT_ONCE)}
 
         def ground(images: ImageEncoding, asked: list[Asked]) -> list[Box]:
             rows, texts = [one.rows[0] for one in asked], [one.question.text for one in asked]
             boxes, confidences = grounding.find_boxes(self, images, rows, texts, **settings)
             return [
-                _in_pixels(one.pictures[0], box, confidence)
+                _less_sure(_in_pixels(one.pictures[0], box, confidence), self.unknown_share(one.question.text))
                 for one, box, confidence in zip(asked, boxes.tolist(), confidences.tolist(), strict=True)
             ]
 
@@ -580,7 +615,9 @@ class Mplug(Loaded):
                 for place, probabilities in zip(mine, found, strict=True):
                     by_label = dict(zip(LABELS[classifier], probabilities, strict=True))
                     label = max(by_label, key=by_label.__getitem__)
-                    results[place] = Judgement(label, by_label[label], by_label)
+                    share = self.unknown_share(asked[place].question.text)
+                    sure = by_label[label] if share < MOSTLY_UNKNOWN else None
+                    results[place] = Judgement(label, sure, by_label, share)
             return results
 
         return reason
@@ -610,23 +647,22 @@ class Mplug(Loaded):
         need(not candidates or self.model.matching_head is not None, "matching head")
         encoded = encode_texts(self, [clean_caption(text) for text in listed], keep_tokens=candidates > 0)
         how = "itm+itc" if rerank == "itm+itc" else "itm"
+        shares = [self.unknown_share(text) for text in listed]
 
         def rank(images: ImageEncoding, asked: list[Asked]) -> list[list[RankedText]]:
             rows = _rows(asked, self.device)
             found = find_texts(self, images[rows], encoded, top=top, candidates=candidates, rerank=how)
             return [
-                [RankedText(listed[hit.number], hit.number, hit.score, hit.similarity, hit.match) for hit in hits]
+                [
+                    RankedText(
+                        listed[hit.number], hit.number, hit.score, hit.similarity, hit.match, shares[hit.number]
+                    )
+                    for hit in hits
+                ]
                 for hits in found
             ]
 
         return rank
-
-    def _generator(self, seed: int | None, strategy: str) -> torch.Generator | None:
-        if seed is None:
-            return None
-        if strategy != "sample":
-            raise UsageError("seed is for drawing", "add strategy='sample'")
-        return torch.Generator(self.device).manual_seed(_whole_number("seed", seed, *SEEDS))
 
     def _ask(
         self,
@@ -638,8 +674,7 @@ class Mplug(Loaded):
         classifier: str = "",
     ) -> Any:
         """The result of one image and one text (or none), or a list of results in the order of the images, or texts."""
-        if batch_size < 1:
-            raise UsageError(f"batch_size={batch_size} computes nothing", "1 or more")
+        _whole_number("batch_size", batch_size, 1, MOST_AT_ONCE)
         columns = [_sources(images, "images"), *([] if second is None else [_sources(second, "second")])]
         columns.append(_questions(texts, classifier))
         lists = [column for column in columns if isinstance(column, list)]
@@ -655,6 +690,7 @@ class Mplug(Loaded):
             places.setdefault(tuple(sources), []).append(place)
             questions.setdefault(tuple(sources), []).append(question)
         requests = [Request(sources, tuple(asked)) for sources, asked in questions.items()]
+        self._warn_of_unknown(question.text for asked in questions.values() for question in asked if question.text)
         results: list[Any] = [None] * count
 
         def read(source: _Source) -> Picture:
@@ -667,6 +703,12 @@ class Mplug(Loaded):
                         raise result
                     results[place] = result
         return results if lists else results[0]
+
+    def _warn_of_unknown(self, texts: Iterable[str]) -> None:
+        """An :class:`UnknownTextWarning` for each text of which the vocabulary knows little."""
+        for text in dict.fromkeys(texts):
+            if (share := self.unknown_share(text)) >= MOSTLY_UNKNOWN:
+                warnings.warn(unknown_note(text, share), UnknownTextWarning, stacklevel=3)
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
@@ -699,6 +741,19 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found not in FLOATS:
         raise UsageError(f"no dtype {dtype!r}", "float32, bfloat16 or float16")
     return found
+
+
+def _check_seed(seed: int | None, decoding: Decoding) -> None:
+    """UsageError for a seed that is none, or of what draws nothing."""
+    if seed is not None and decoding.strategy != "sample":
+        raise UsageError("seed is for drawing", "add strategy='sample'")
+    if seed is not None:
+        _whole_number("seed", seed, *SEEDS)
+
+
+def _seeds(seed: int | None, asked: Sequence[Asked]) -> list[int] | None:
+    """The seeds of the draws for each of these questions: of its picture and text, whatever is asked beside it."""
+    return None if seed is None else [seed_of(seed, one.pictures[0].content(), one.question.text) for one in asked]
 
 
 def _whole_number(name: str, value: int, least: int, most: int | None = None) -> int:
@@ -735,14 +790,12 @@ def _offline(wanted: bool) -> Iterator[None]:
 
 def _sources(images: ImageSource | Images, name: str) -> _Source | list[_Source]:
     """One image, or several. Equal paths are one image, and so are equal bytes; of the rest the same objects."""
-    if isinstance(images, (str, os.PathLike, bytes, bytearray, Image.Image, Picture)):
-        return _source(images, "the image")
-    if isinstance(images, (np.ndarray, Tensor)):
-        if images.ndim != 4:
-            return _source(images, "the image")
-    elif not isinstance(images, Iterable):
+    if is_one_image(images) or not isinstance(images, Iterable):
         return _source(images, "the image")  # opening it says what is wrong
-    return [_source(image, f"{name}[{place}]") for place, image in enumerate(list(images))]
+    listed = list(images)
+    if not isinstance(images, (list, tuple)) and listed and not any(map(is_one_image, listed)):
+        return _source(images, "the image")  # such as a range
+    return [_source(image, f"{name}[{place}]") for place, image in enumerate(listed)]
 
 
 def _source(image: Any, name: str) -> _Source:
@@ -776,6 +829,14 @@ def _rows(asked: list[Asked], device: torch.device) -> Tensor:
 
 def _best(answers: list[Answer], n: int) -> Answer:
     return replace(answers[0], others=tuple(answers[1:n]))
+
+
+def _less_sure(result: R, share: float) -> R:
+    """An answer or box that says which share of the text is unknown; without a confidence where that is too much."""
+    if not share:
+        return result
+    unsure = {"confidence": None} if share >= MOSTLY_UNKNOWN else {}
+    return replace(result, unknown=share, **unsure)
 
 
 def _in_pixels(picture: Picture, box: list[float], confidence: float) -> Box:

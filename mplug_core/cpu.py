@@ -44,8 +44,9 @@ def settle_threads(threads: int | None = None, processes: int = 1) -> int:
     if threads is None:
         share = max(1, usable_cores() // processes)
         threads = before if os.environ.get("OMP_NUM_THREADS") else min(before, share)
-    if threads != before:
-        torch.set_num_threads(threads)
+    # Even if they are as many: in a forked process the first call replaces a thread pool that the fork has broken. Two
+    # threads that make it at the same time abort the process (ParallelOpenMP.cpp, "Invalid thread pool!").
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # each is a hundred times as slow as another number
     return threads
 

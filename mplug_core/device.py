@@ -52,6 +52,12 @@ def asked_dtype() -> str | None:
     return None if name == "auto" else name
 
 
+def check_dtype(name: str | None) -> None:
+    """UsageError for a type that is none. Answers without torch."""
+    if name is not None and name not in DTYPES:
+        raise UsageError(f"no --dtype {name!r}", ", ".join(DTYPES))
+
+
 def choose_dtype(device: torch.device, matrices: bool) -> torch.dtype:
     """What a model answers in: ``MPLUG_DTYPE``, else bf16 on CUDA, and on a CPU with units for matrices of it.
 

@@ -7,7 +7,11 @@ beams, samples or candidates; only the prefix caches are reordered.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from math import nan
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -16,11 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mplug_core.errors import UsageError
+from mplug_core.limits import MOST_BEAMS, MOST_TEXTS
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.decoder import Decoder
 from mplug_core.recipe import describe, nearest
 
 _SEARCHES = ("beam", "released")
+LOGITS_AT_ONCE = 1 << 26
+"""Most logits that a search or a ranking holds at a time: 256 MB in fp32. Of more images than that fit, some wait."""
 
 
 class Decoding(BaseModel):
@@ -30,24 +37,27 @@ class Decoding(BaseModel):
     ``strategy`` *beam* keeps the ``beams`` best live prefixes and a pool of finished ones until no live one can still
     win. *released* is the beam search of the authors' released code: a finished beam stays in the race as if it went
     on, an image ends when its best beam ends, and then all of its current beams are hypotheses. Scores are
-    ``sum log p / ((5 + n) / 6) ** length_penalty``. ``no_repeat`` forbids to repeat any n-gram of that size.
+    ``sum log p / ((5 + n) / 6) ** length_penalty``. ``no_repeat`` forbids to repeat any n-gram of that size. *sample*
+    draws each token from the most probable ones that hold ``top_p`` of the probability, divided by ``temperature``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategy: Literal["greedy", "beam", "released", "sample"] = "beam"
-    beams: Annotated[int, Field(gt=0)] = 5
+    beams: Annotated[int, Field(gt=0, le=MOST_BEAMS)] = 5
     min_tokens: Annotated[int, Field(ge=0)] = 1
     max_tokens: Annotated[int, Field(gt=0)] = 25
     length_penalty: float = 0.6
     no_repeat: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    best: Annotated[int, Field(gt=0)] = 1
+    best: Annotated[int, Field(gt=0, le=MOST_TEXTS)] = 1
     use_cache: bool = True
 
-    def asked(self, n: int, **options: Any) -> Decoding:
+    def asked(self, n: int, room: int | None = None, **options: Any) -> Decoding:
         """This with the ``options`` that are not None, for the ``n`` best texts.
+
+        ``room`` is how many tokens the model has positions for (None: not known).
 
         Where no ``strategy`` is named, one beam is greedy, and several beams or texts are a search: the usual one, or a
         beam search where it is none. It has as many beams as are named, or at least ``n``. A ``max_tokens`` below the
@@ -57,11 +67,18 @@ class Decoding(BaseModel):
         for name in options.keys() - Decoding.model_fields:
             raise UsageError(f"no decoding option {name}{nearest(name, Decoding.model_fields)}")
         beams = options.get("beams")
+        if isinstance(beams, int) and beams > MOST_BEAMS:
+            raise UsageError(f"beams={beams} are too many", f"at most {MOST_BEAMS}")
+        if isinstance(n, int) and n > MOST_TEXTS:
+            raise UsageError(f"n={n} texts are too many", f"at most {MOST_TEXTS}")
         if "strategy" not in options and (beams is not None or n > 1):
             search = self.strategy if self.strategy in _SEARCHES else "beam"
             options["strategy"] = "greedy" if beams == 1 else search
         values = self.model_dump() | options | {"best": n}
         if values["strategy"] in _SEARCHES and beams is None:
+            if n > MOST_BEAMS:
+                hint = f"at most {MOST_BEAMS}; strategy='sample' draws up to {MOST_TEXTS}"
+                raise UsageError(f"n={n} texts of a search need as many beams", hint)
             values["beams"] = max(n, self.beams)
         if "min_tokens" not in options:
             values["min_tokens"] = min(self.min_tokens, values["max_tokens"])
@@ -77,7 +94,18 @@ class Decoding(BaseModel):
             raise UsageError(f"n={n} needs at least as many beams", f"beams={n}")
         if decoding.min_tokens > decoding.max_tokens:
             raise UsageError(f"min_tokens={decoding.min_tokens} is above max_tokens={decoding.max_tokens}")
-        return decoding
+        return decoding if room is None else decoding.within(room, self)
+
+    def within(self, room: int, usual: Decoding | None = None) -> Decoding:
+        """This for a model with positions for ``room`` tokens; UsageError for lengths that it can't hold.
+
+        A length that is that of the ``usual`` decoding was not asked for: a model with less room just stops there.
+        """
+        for name in ("max_tokens", "min_tokens"):
+            length = getattr(self, name)
+            if length > room and (usual is None or name == "min_tokens" or length != usual.max_tokens):
+                raise UsageError(f"{name}={length} is more than the model has positions for", f"at most {room}")
+        return self
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -109,18 +137,42 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, its score (see :class:`Decoding`) and the geometric mean of its token probabilities.
+    """A text, its score (see :class:`Decoding`), how sure the model is, and the log-probability of the whole text.
 
-    ``others`` are the next best ones where several were asked for at once.
+    The confidence is the geometric mean of the token probabilities, or where the model was calibrated for the task the
+    probability that the answer is right. ``others`` are the next best texts where several were asked for at once.
+    ``unknown`` is the share of the question's pieces that the vocabulary doesn't know; there is no confidence (None)
+    where that is half or more.
     """
 
     text: str
     score: float
-    confidence: float
+    confidence: float | None
     others: tuple[Answer, ...] = ()
+    log_probability: float | None = None
+    unknown: float = 0.0
 
     def __str__(self) -> str:
         return self.text
+
+
+def seed_of(seed: int, *contents: str | bytes) -> int:
+    """The seed of one image's (and question's) draws: of ``seed`` and what the draws are about, and of nothing else."""
+    digest = blake2b(str(seed).encode(), digest_size=8)
+    for content in contents:
+        data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def fresh_seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
+    """Seeds for ``count`` images, drawn from a generator on the CPU (None: torch's global one)."""
+    return torch.randint(2**62, (count,), generator=generator).tolist()
+
+
+def room_of(decoder: Decoder, prompt: int = 0) -> int:
+    """How many new tokens a decoder has positions for, behind the start token and a prompt."""
+    return decoder.embeddings.positions.num_embeddings - 1 - prompt
 
 
 @torch.inference_mode()
@@ -134,19 +186,37 @@ def generate(
     end: int,
     prompt: list[int] | None = None,
     forbidden: list[int] | None = None,
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """The ``decoding.best`` hypotheses of each row of ``memory`` [B, N, W] (mask [B, N]), best first.
 
     Samples are independent draws, so that some may be equal; of a beam search all are distinct, and those that reached
     no end come last. ``prompt`` are ids between the start token and the generated ones; ``forbidden`` ids are never
-    generated. ValueError for a prompt that fills the decoder's table of positions.
+    generated. ``seeds`` [B] decide the draws of each row (None: :func:`fresh_seeds`): its k-th sample depends on its
+    memory, its seed and k, not on the other rows. Where the decoder computes what is not a number, the scores of the
+    row's hypotheses are NaN. ValueError for a prompt that fills the decoder's table of positions; UsageError for more
+    ``min_tokens`` than fit behind it.
     """
     first = [start, *(prompt or [])]
-    positions = decoder.embeddings.positions.num_embeddings
-    room = positions - len(first)
+    room = room_of(decoder, len(first) - 1)
     if room < 1:
+        positions = decoder.embeddings.positions.num_embeddings
         raise ValueError(f"a prompt of {len(first)} tokens leaves nothing of the decoder's {positions} positions")
+    decoding.within(room, decoding)
+    samples = decoding.strategy == "sample"
+    if samples and seeds is None:
+        seeds = fresh_seeds(len(memory))
+    width = decoding.best if samples else 1 if decoding.strategy == "greedy" else decoding.beams
+    at_once = max(1, LOGITS_AT_ONCE // (width * decoder.embeddings.words.num_embeddings))
+    if len(memory) > at_once:
+        found = []
+        for begin in range(0, len(memory), at_once):
+            rows = slice(begin, begin + at_once)
+            found += generate(
+                decoder, memory[rows], None if memory_mask is None else memory_mask[rows], decoding, start=start,
+                end=end, prompt=prompt, forbidden=forbidden, seeds=seeds and seeds[rows],
+            )  # fmt: skip
+        return found
     if memory_mask is not None and bool(memory_mask.all()):
         memory_mask = None
     state = _Search(decoder, memory, memory_mask, decoding, first, end, forbidden or [], min(decoding.max_tokens, room))
@@ -157,13 +227,17 @@ def generate(
     elif decoding.strategy in ("greedy", "beam"):  # a single beam that stops at its end is greedy
         found = _step_by_step(state, 1, lambda logp: logp.argmax(-1))
     else:
-        found = _step_by_step(state, decoding.best, lambda logp: _nucleus(logp, decoding, generator))
+        chances = [random.Random(f"{seed}/{number}") for seed in seeds or () for number in range(decoding.best)]
+        found = _step_by_step(state, decoding.best, lambda logp: _drawn(logp, decoding, chances))
 
     def rank(hypothesis: Hypothesis) -> tuple[bool, float]:
         # of the standard search a text without an end is no answer where there is one with it
         return decoding.strategy == "beam" and hypothesis.ids[-1] != end, -hypothesis.score
 
-    return [sorted(hypotheses, key=rank)[: decoding.best] for hypotheses in found]
+    best = [sorted(hypotheses, key=rank)[: decoding.best] for hypotheses in found]
+    for image in state.broken.nonzero()[:, 0].tolist():
+        best[image] = [replace(hypothesis, score=nan, log_probability=nan) for hypothesis in best[image]]
+    return best
 
 
 class _Search:
@@ -184,6 +258,9 @@ class _Search:
         self.memory, self.memory_mask = memory, memory_mask
         self.first, self.end, self.forbidden, self.steps = first, end, forbidden, steps
         self.images = len(memory)
+        # of the live images: their numbers; of all images: whether the decoder gave what is not a number
+        self.owners = torch.arange(self.images, device=memory.device)
+        self.broken = torch.zeros(self.images, dtype=torch.bool, device=memory.device)
         self.cache = DecoderCache(len(decoder.layers)) if decoding.use_cache else None
 
     def begin(self, per_image: int) -> None:
@@ -203,6 +280,10 @@ class _Search:
             images = torch.arange(len(logp), device=logp.device).repeat_interleave(len(self.ids) // len(logp))
             logp = logp.index_select(0, images)
             self.cache.reorder(images)
+        # softmax makes one number that is none spoil its row
+        if bool((spoiled := logp[:, 0].isnan()).any()):
+            self.broken[self.owners] |= spoiled.view(len(self.owners), -1).any(1)
+            logp = logp.masked_fill(spoiled[:, None], 0.0)
         if step < self.decoding.min_tokens:
             logp[:, self.end] = -torch.inf
         if self.forbidden:
@@ -230,6 +311,7 @@ class _Search:
             if self.cache is not None:
                 self.cache.reorder(sequences, images)
         if images is not None:
+            self.owners = self.owners.index_select(0, images)
             self.memory = self.memory.index_select(0, images)
             if self.memory_mask is not None:
                 self.memory_mask = self.memory_mask.index_select(0, images)
@@ -265,12 +347,23 @@ def _step_by_step(state: _Search, per_image: int, choose) -> list[list[Hypothesi
     return found
 
 
-def _nucleus(logp: Tensor, decoding: Decoding, generator: torch.Generator | None) -> Tensor:
-    """One token per row from the smallest set of tokens that holds ``top_p`` of the probability."""
-    ordered, order = (logp / decoding.temperature).softmax(-1).sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= decoding.top_p
-    chosen = torch.multinomial(ordered.masked_fill(outside, 0), 1, generator=generator)
-    return order.gather(1, chosen)[:, 0]
+def _drawn(logp: Tensor, decoding: Decoding, chances: Sequence[random.Random]) -> Tensor:
+    """One token per row, from the most probable ones that hold ``top_p`` of the probability.
+
+    Each row has a source of chance of its own. What is drawn is where that falls in the cumulative distribution over
+    the vocabulary: rounding, which differs between batches, moves its steps by little, and hardly ever across a draw.
+    """
+    shares = (logp / decoding.temperature).softmax(-1)
+    if decoding.top_p < 1:
+        ordered = shares.sort(-1, descending=True).values
+        outside = ordered.cumsum(-1) - ordered >= decoding.top_p
+        least = ordered.masked_fill(outside, torch.inf).amin(-1, keepdim=True)
+        shares = shares.masked_fill(shares < least, 0)
+    cumulative = shares.cumsum(-1)
+    level = torch.tensor([[chance.random()] for chance in chances], device=logp.device) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, level, right=True).clamp(max=logp.shape[1] - 1)
+    # a level that was rounded up to the end may lie behind the last token that can be drawn
+    return torch.where(shares.gather(1, chosen) > 0, chosen, shares.argmax(-1, keepdim=True))[:, 0]
 
 
 def _top(state: _Search, logp: Tensor, total: Tensor, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,10 +465,6 @@ class Ranking(NamedTuple):
     candidates: Tensor
     log_likelihood: Tensor
     first: Tensor
-
-
-LOGITS_AT_ONCE = 1 << 26
-"""Most logits that a ranking holds at a time: 256 MB in fp32."""
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import mplug_core
 from mplug_cli.app import main
@@ -99,7 +101,7 @@ def test_captions_are_those_of_the_command_line(model, photos, line):
 
 def test_answers_are_those_of_the_command_line(model, photos, line):
     found = [model.answer(photo, QUESTIONS) for photo in photos]
-    options = [word for question in QUESTIONS for word in ("-q", question)]
+    options = [word for question in QUESTIONS for word in ("-Q", question)]
     wanted = line("vqa", *photos, *options)
     assert [(a.text, round(a.confidence, 4)) for answers in found for a in answers] == [
         (answer["answer"], answer["confidence"]) for answer in wanted
@@ -245,6 +247,51 @@ def test_what_is_no_image(model, photos, image, code, words):
         model.caption([photos[0], image])
 
 
+def test_images_in_every_form(model, photos, tmp_path):
+    data = Path(photos[0]).read_bytes()
+    text = base64.b64encode(data).decode()
+    at_end = io.BytesIO()
+    at_end.write(data)
+    unseekable, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    opened = [open(photos[0], "rb"), open(unseekable, "rb")]  # noqa: SIM115
+    forms = [
+        io.BytesIO(data), at_end, *opened, bytearray(data), memoryview(data), {"bytes": data, "path": "gone.png"},
+        {"bytes": None, "path": photos[0]}, {"path": Path(photos[0])}, f"data:image/png;base64,{text}",
+        f"DATA:;base64,{text.rstrip('=')}", text, base64.encodebytes(data).decode(),
+        base64.urlsafe_b64encode(data).decode(), ImageSequence.Iterator(Image.open(photos[0])),
+    ]  # fmt: skip
+    wanted = model.encode(photos[0]).pixels
+    found = [model.encode(form).pixels for form in forms if form is not opened[1]]
+    assert all(torch.equal(pixels, wanted) for pixels in found)
+    assert all(torch.equal(picture.pixels, wanted) for picture in model.encode(forms))
+    assert len(model.encode(iter(photos))) == len(model.encode(np.array(photos))) == 4
+    for file in opened:
+        file.close()
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (range(3), "the image is no image but a range"),
+        ({"image": "x.jpg"}, "the image is a dict without the bytes or the path"),
+        ({"bytes": None, "path": None}, "without the bytes or the path"),
+        (io.StringIO("x"), "gives str, not bytes"),
+        (io.BytesIO(), "the image is empty"),
+        ("data:image/png;base64,!", "damaged base64"),
+        ("data:image/png", "no data behind a comma"),
+        ("iVBORw0KGgo" + "A" * 40_000 + "!", "does not exist"),
+        ("iVBORw0KGgo" + "A" * 40_001, "the image is damaged"),
+        ("x" * 50_000, "does not exist"),
+    ],
+)  # fmt: skip
+def test_what_is_one_image_is_not_taken_apart(model, image, words):
+    with pytest.raises(ImageError, match=words) as caught:
+        model.caption(image)
+    assert len(f"error: {caught.value}") <= 300
+
+
 def test_a_picture_that_was_closed(model, photos):
     picture = Image.open(photos[0])
     picture.close()
@@ -348,6 +395,12 @@ def test_nothing_gives_nothing(model, photos):
         (lambda m, p: m.answer(p[0], "what?", choices=["yes", 1]), "several texts"),
         (lambda m, p: m.caption(p[0], min_tokens=9, max_tokens=8), "min_tokens=9"),
         (lambda m, p: m.caption(p[0], batch_size=0), "batch_size=0"),
+        (lambda m, p: m.caption(p[0], batch_size=10**6), "batch_size=1000000"),
+        (lambda m, p: m.caption(p[0], min_tokens=600, max_tokens=5000), "max_tokens=5000 .*at most 39"),
+        (lambda m, p: m.answer(p[0], "what?", max_tokens=64), "max_tokens=64 .*at most 39"),
+        (lambda m, p: m.caption(p[0], beams=100_000), "beams=100000 .*at most 128"),
+        (lambda m, p: m.caption(p[0], n=10**6, strategy="sample"), "n=1000000 .*at most 256"),
+        (lambda m, p: m.ground(p[0], "a dog", draws=10**9), "draws=1000000000"),
         (lambda m, p: m.rank(p[0], "a text"), "several texts"),
         (lambda m, p: m.rank(p[0], TEXTS, rerank="both"), "itm\\+itc"),
         (lambda m, p: m.reason(p[0]), "either a statement or a hypothesis"),
@@ -615,3 +668,114 @@ def test_every_public_name_is_there():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mplug_core.nothing  # noqa: B018
     assert (ROOT / "mplug_core" / "py.typed").is_file()
+
+
+# draws
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_draw_is_the_pictures_own(folder: Path, photos: list[str], dtype: str) -> None:
+    """Whatever the batch size, the neighbours and their order; and whatever the picture comes from."""
+    model = mplug_core.load(folder, device="cpu", dtype=dtype)
+    settings = {"strategy": "sample", "seed": 3, "n": 2, "max_tokens": 8}
+
+    def drawn(names: list[str], batch_size: int) -> dict[str, set[str]]:
+        found = model.caption(names, batch_size=batch_size, **settings)
+        return {name: {one.text, *(other.text for other in one.others)} for name, one in zip(names, found, strict=True)}
+
+    whole = drawn(photos, 4)
+    assert len({frozenset(texts) for texts in whole.values()}) > 1
+    shuffled = [photos[k] for k in (2, 0, 3, 1)]
+    if dtype == "float32":  # rounding in bf16 may move a draw
+        for names, size in ((photos, 1), (photos, 2), (photos, 3), (shuffled, 3), (photos[1:], 2), (photos[3:], 1)):
+            assert drawn(names, size) == {name: whole[name] for name in names}
+    data = Path(photos[1]).read_bytes()
+    alone = [model.caption(source, **settings) for source in (photos[1], data, model.open(photos[1]))]
+    assert alone[0] == alone[1] == alone[2]
+    assert model.caption(photos[1], **settings | {"n": 1}).text in whole[photos[1]] or dtype == "bfloat16"
+
+
+def test_a_drawn_answer_is_the_questions_own(model: Mplug, photos: list[str]) -> None:
+    settings = {"strategy": "sample", "seed": 3, "max_tokens": 6}
+    whole = model.answer(photos[0], QUESTIONS, **settings)
+    for size in (1, 2):
+        found = model.answer(photos[0], QUESTIONS[::-1], batch_size=size, **settings)
+        assert [a.text for a in found[::-1]] == [a.text for a in whole]
+    beside = model.answer([photos[1], photos[0]], [QUESTIONS[0], QUESTIONS[1]], **settings)
+    assert beside[1].text == whole[1].text
+
+
+def test_the_command_line_draws_the_same(model: Mplug, photos: list[str], line) -> None:
+    draw = ["--sample", "--seed", "3", "--max-tokens", "8", "--min-tokens", "1"]
+    expected = model.caption(photos, strategy="sample", seed=3, max_tokens=8, min_tokens=1)
+    for names, size in ((photos, "1"), (photos[::-1], "3")):
+        found = line("caption", *names, *draw, "--batch-size", size)
+        assert {row["image"]: row["caption"] for row in found} == {
+            name: answer.text for name, answer in zip(photos, expected, strict=True)
+        }
+
+
+# texts that the vocabulary doesn't know
+
+CHINESE = "\u8fd9\u662f\u4ec0\u4e48\u989c\u8272\uff1f"
+MIXED = "what colour is \u8fd9 ?"
+
+
+def test_a_text_that_is_not_known_has_no_confidence(model: Mplug, photos: list[str]) -> None:
+    assert model.unknown_share(CHINESE) > 0.8 and model.unknown_share("what colour is the ball?") == 0.0
+    assert model.unknown_share(MIXED) == pytest.approx(0.25) and model.unknown_share("") == 1.0
+    with pytest.warns(mplug_core.api.UnknownTextWarning, match="does not know"):
+        answer = model.answer(photos[0], CHINESE)
+    assert answer.confidence is None and answer.unknown > 0.8 and answer.text
+    with pytest.warns(mplug_core.api.UnknownTextWarning):
+        box = model.ground(photos[0], CHINESE)
+    assert box.confidence is None and box.unknown > 0.8
+    with pytest.warns(mplug_core.api.UnknownTextWarning):
+        judged = model.reason(photos[0], hypothesis=CHINESE)
+    assert judged.probability is None and judged.unknown > 0.8
+    with pytest.warns(mplug_core.api.UnknownTextWarning):
+        ranked = {hit.text: hit.unknown for hit in model.rank(photos[0], [*TEXTS, CHINESE])}
+    assert ranked[CHINESE] > 0.8 and not any(ranked[text] for text in TEXTS)
+    with pytest.warns(mplug_core.api.UnknownTextWarning):
+        chosen = model.answer(photos[0], QUESTIONS[0], choices=["dog", CHINESE], n=2)
+    by_text = {one.text: one.confidence for one in (chosen, *chosen.others)}
+    assert by_text[CHINESE] is None and by_text["dog"] is not None
+    with pytest.warns(mplug_core.api.UnknownTextWarning):
+        model.encode_text(CHINESE)
+
+
+@pytest.mark.filterwarnings("error::mplug_core.api.UnknownTextWarning")
+def test_a_text_that_is_mostly_known_keeps_its_confidence(model: Mplug, photos: list[str]) -> None:
+    answer = model.answer(photos[0], MIXED)
+    assert answer.confidence is not None and answer.unknown == pytest.approx(0.25)
+    assert model.answer(photos[0], QUESTIONS[0]).unknown == 0.0
+
+
+def test_the_command_line_says_what_is_not_known(
+    folder: Path, photos: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MPLUG_MODEL", str(folder))
+    captions = tmp_path / "captions.txt"
+    captions.write_text(f"a red ball\n{CHINESE}\n", encoding="utf-8")
+    commands = {
+        "vqa": ["vqa", *photos[:2], "--question", CHINESE, "--json"],
+        "ground": ["ground", photos[0], CHINESE, "--json"],
+        "reason": ["reason", photos[0], CHINESE, "--json"],
+        "retrieve": ["retrieve", CHINESE, *photos, "--json", "--no-cache"],
+        "captions": ["retrieve", photos[0], str(captions), "--json"],
+    }
+    for name, command in commands.items():
+        assert main(command) == 0
+        out, err = capfd.readouterr()
+        rows = [json.loads(row) for row in out.splitlines()]
+        if name == "captions":
+            rows = [row for row in rows if row["text"] == CHINESE]
+        assert rows and all(row["unknown"] > 0.8 for row in rows), name
+        assert all(row.get("confidence") is None and row.get("probability") is None for row in rows)
+        assert err.count("does not know") == 1 and "UserWarning" not in err, name
+        assert main([*command, "--quiet"]) == 0
+        assert "does not know" not in capfd.readouterr().err
+    assert main(["reason", photos[0], CHINESE]) == 0
+    assert capfd.readouterr().out.strip() in ("true", "false")
+    assert main(["vqa", photos[0], "--question", QUESTIONS[0], "--json"]) == 0
+    assert "unknown" not in capfd.readouterr().out

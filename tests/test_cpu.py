@@ -86,6 +86,15 @@ def test_default_is_lowered_and_never_raised(machine: Path) -> None:
     assert cpu.settle_threads() == 1
 
 
+def test_threads_are_set_even_if_they_are_as_many(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process has to replace PyTorch's thread pool before two of its threads do so at once."""
+    torch.set_num_threads(4)
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    assert cpu.settle_threads() == 4
+    assert calls == [4]
+
+
 def test_who_asks_wins_in_this_order(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(6)
     monkeypatch.setenv("OMP_NUM_THREADS", "6")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("mplug_core.errors", "mplug_core.recipe", "mplug_core.device", "mplug_core.cpu", "mplug_core.allocator"),
+    (
+        "mplug_core.errors", "mplug_core.home", "mplug_core.atomic", "mplug_core.json_text", "mplug_core.bounded",
+        "mplug_core.download", "mplug_core.outputs", "mplug_core.limits",
+    ),
+    ("mplug_core.recipe", "mplug_core.device", "mplug_core.cpu", "mplug_core.allocator"),
     ("mplug_core.model",),
     ("mplug_core.objectives", "mplug_core.generation"),
     ("mplug_core.data",),
@@ -70,9 +75,18 @@ def test_imports_nothing_from_above(module: str) -> None:
     assert not above, f"{module} imports from a floor above its own: {above}"
 
 
+def test_json_is_written_in_one_place() -> None:
+    """Where NaN and infinities become null."""
+    written = re.compile(r"\bjson\.dumps?\(|\bjson\.dumps?\b(?=[,)])|\bJSONEncoder\b|\bimport dumps?\b")
+    elsewhere = {m: f for m, f in modules().items() if m != "mplug_core.json_text"}
+    assert not [module for module, file in elsewhere.items() if written.search(file.read_text(encoding="utf-8"))]
+
+
 def test_errors_and_recipe_import_nothing_above_themselves() -> None:
     assert not list(imports("mplug_core.errors", ROOT / "mplug_core/errors.py"))
-    assert {name for _, name in imports("mplug_core.recipe", ROOT / "mplug_core/recipe.py")} == {"mplug_core.errors"}
+    assert {name for _, name in imports("mplug_core.recipe", ROOT / "mplug_core/recipe.py")} == {
+        "mplug_core.errors", "mplug_core.bounded", "mplug_core.limits"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from mplug_core import generation
-from mplug_core.generation import Decoding, Hypothesis, generate, rank
+from mplug_core.errors import UsageError
+from mplug_core.generation import Decoding, Hypothesis, generate, rank, seed_of
 from mplug_core.model.decoder import Decoder
 from tests.small import random_inputs, small_config, small_model
 
@@ -48,8 +51,8 @@ def run(
     decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, *, seed: int = 0, **fields: Any
 ) -> list[list[Hypothesis]]:
     options = {k: fields.pop(k) for k in ("prompt", "forbidden") if k in fields}
-    generator = torch.Generator().manual_seed(seed)
-    return generate(decoder, tokens, mask, Decoding(**fields), start=START, end=END, generator=generator, **options)
+    seeds = [seed_of(seed, str(row)) for row in range(len(tokens))]
+    return generate(decoder, tokens, mask, Decoding(**fields), start=START, end=END, seeds=seeds, **options)
 
 
 @torch.no_grad()
@@ -238,7 +241,8 @@ def test_samples_come_from_the_nucleus() -> None:
         assert drawn <= nucleus
         assert order[0] in drawn
     # everything may be drawn, about as often as it is probable
-    drawn = [h.ids[0] for h in run(decoder, tokens, mask, top_p=1.0, **{**settings, "best": 3000})[0]]
+    many = [run(decoder, tokens, mask, seed=seed, top_p=1.0, **{**settings, "best": 250})[0] for seed in range(12)]
+    drawn = [h.ids[0] for h in itertools.chain(*many)]
     assert drawn.count(order[0]) / 3000 == pytest.approx(float(p[order[0]]), abs=0.04)
 
 
@@ -255,12 +259,92 @@ def test_cold_samples_are_greedy_and_seeds_reproduce() -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_position_table_is_the_limit(name: str) -> None:
     decoder, tokens, mask = memory()
-    found = run(decoder, tokens, mask, max_tokens=500, min_tokens=500, **STRATEGIES[name])
-    longest = decoder.embeddings.positions.num_embeddings
-    assert all(longest - 1 <= len(h.ids) <= longest for h in itertools.chain(*found))
+    room = decoder.embeddings.positions.num_embeddings - 1
+    found = run(decoder, tokens, mask, max_tokens=500, min_tokens=room, **STRATEGIES[name])
+    assert all(len(h.ids) == room for h in itertools.chain(*found))
     # a prompt takes its share
-    prompted = run(decoder, tokens, mask, max_tokens=500, min_tokens=500, prompt=[7] * 30, **STRATEGIES[name])
-    assert all(len(h.ids) <= longest - 30 for h in itertools.chain(*prompted))
+    prompted = run(decoder, tokens, mask, max_tokens=500, min_tokens=9, prompt=[7] * 30, **STRATEGIES[name])
+    assert all(len(h.ids) == room - 30 for h in itertools.chain(*prompted))
+    for least, prompt in ((room + 1, []), (10, [7] * 30)):
+        with pytest.raises(UsageError, match=rf"min_tokens={least} .*at most {room - len(prompt)}"):
+            run(decoder, tokens, mask, max_tokens=500, min_tokens=least, prompt=prompt, **STRATEGIES[name])
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_draws_of_a_row_are_its_own(top_p: float) -> None:
+    """Whatever rows are beside it, how many samples, and how long they may become."""
+    decoder, _, _ = memory()
+    tokens, seeds = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(5)), [11, 22, 33, 44, 55, 66]
+
+    def drawn(rows: list[int], best: int = 3, longest: int = 12) -> dict[int, set[tuple[int, ...]]]:
+        decoding = Decoding(strategy="sample", best=best, top_p=top_p, max_tokens=longest)
+        own = [seeds[row] for row in rows]
+        found = generate(decoder, tokens[rows], None, decoding, start=START, end=END, seeds=own)
+        return {row: {tuple(h.ids) for h in texts} for row, texts in zip(rows, found, strict=True)}
+
+    whole = drawn([0, 1, 2, 3, 4, 5])
+    assert len({frozenset(texts) for texts in whole.values()}) == 6
+    for rows in ([0], [3], [5, 0], [2, 4, 1], [1, 2, 4], [5, 4, 3, 2, 1, 0]):
+        assert drawn(rows) == {row: whole[row] for row in rows}
+    assert all(one <= whole[row] for row, one in drawn([3, 1], best=1).items())
+    shorter = drawn([0, 4], longest=6)
+    assert all({ids[:6] for ids in whole[row]} == texts for row, texts in shorter.items())
+
+
+def test_a_level_at_the_end_draws_what_can_be_drawn() -> None:
+    class Last(random.Random):
+        def random(self) -> float:
+            return 1 - 2**-53  # rounded up to 1 in fp32
+
+    logp = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]]).log_softmax(-1)
+    assert generation._drawn(logp, Decoding(strategy="sample", top_p=1.0), [Last()]).item() in (0, 1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_numbers_that_are_none_spoil_their_row_alone(name: str) -> None:
+    """NaN in the memory of a row makes its scores NaN, and the others are what they are without it."""
+    decoder, tokens, mask = memory()
+    alone = run(decoder, tokens, mask, **STRATEGIES[name])
+    spoiled = torch.cat([tokens, tokens[:1]])
+    spoiled[-1, 0, 0] = torch.nan
+    both = run(decoder, spoiled, torch.cat([mask, mask[:1]]) if mask is not None else None, **STRATEGIES[name])
+    assert plain(both[: len(tokens)]) == plain(alone)
+    assert both[-1] and all(math.isnan(h.score) and math.isnan(h.log_probability) for h in both[-1])
+    ids, counted = torch.tensor([[START, 7, END], [START, 8, END]]), torch.ones(2, 3)
+    likely = rank(decoder, spoiled, None, ids, counted).log_likelihood
+    assert likely[:-1].isfinite().all() and likely[-1].isnan().all()
+
+
+def test_more_images_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, tokens, mask = memory()
+    many = torch.randn(5, *tokens.shape[1:], generator=torch.Generator().manual_seed(2))
+    for name, fields in STRATEGIES.items():
+        whole = plain(run(decoder, many, None, **fields))
+        with monkeypatch.context() as patched:
+            patched.setattr(generation, "LOGITS_AT_ONCE", 2 * 4 * 64)
+            assert plain(run(decoder, many, None, **fields)) == whole, name
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "said"),
+    [
+        (1, {"beams": 100_000}, "beams=100000 .*at most 128"),
+        (300, {"strategy": "sample"}, "n=300 .*at most 256"),
+        (129, {}, "n=129 .*at most 128"),
+        (1, {"min_tokens": 600, "max_tokens": 5000}, "max_tokens=5000 .*at most 39"),
+        (1, {"max_tokens": 40}, "max_tokens=40 .*at most 39"),
+        (1, {"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 is above max_tokens=8"),
+        (1, {"min_tokens": 26}, "min_tokens=26 is above max_tokens=25"),
+    ],
+)
+def test_what_a_model_cannot_hold_is_refused(n: int, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Decoding().asked(n, 39, **options)
+
+
+def test_the_usual_lengths_are_cut_where_a_model_has_less_room() -> None:
+    assert Decoding(max_tokens=25).asked(1, 15).max_tokens == 25
+    assert Decoding().asked(128, 39).beams == 128 and Decoding().asked(1, 39, max_tokens=39).max_tokens == 39
 
 
 def test_prompt_that_fills_the_position_table_is_refused() -> None:

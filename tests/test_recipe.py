@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mplug_core.errors import RecipeError
+from mplug_core.errors import LINE, RecipeError
 from mplug_core.recipe import (
     Recipe,
     apply_overrides,
@@ -34,7 +34,8 @@ def faults_of(values: dict[str, Any], *overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
         check_recipe(values, overrides)
     assert caught.value.exit_code == 3
-    return caught.value.message
+    assert len(str(caught.value)) <= LINE
+    return "; ".join(caught.value.faults)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -57,7 +58,7 @@ def test_shipped_recipe_says_what_it_costs(name: str) -> None:
 def test_all_faults_come_at_once_with_the_nearest_key() -> None:
     values = {**VALUES, "optimiser": {}, "data": {**VALUES["data"], "max_txt": 3}, "seed": "x"}
     said = faults_of(values, "optimizer.weight_decy=0.1", "engine.zero_stage=7", "nonsense", "model.size=tinny")
-    assert said.startswith("recipe: 7 faults: ")
+    assert len(said.split("; ")) == 7
     for fault in (
         "optimiser: unknown key, did you mean 'optimizer'?",
         "data.max_txt: unknown key, did you mean 'max_text'?",
@@ -85,6 +86,19 @@ def test_all_faults_come_at_once_with_the_nearest_key() -> None:
         ("optimizer.lr=0", "optimizer.lr: Input should be greater than 0 (got 0)"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
         ("model.heads=5", "model: width 128 is not a multiple of heads 5"),
+        ("model.decoding={caption: {max_tokens: 5000}}", "decoding.caption.max_tokens 5000: at most 63 fit"),
+        ("model.decoding={vqa: {beams: 1000}}", "model.decoding.vqa.beams: Input should be less than or equal to 128"),
+        ("model.decoding={vqa: {min_tokens: 5, max_tokens: 3}}", "min_tokens 5 is above max_tokens 3"),
+        ("self_critical.captions=1000", "self_critical.captions: Input should be less than or equal to 128"),
+        ("self_critical={min_tokens: 9, max_tokens: 3}", "min_tokens 9 is above max_tokens 3"),
+        (
+            "evaluate={val: {path: x, tasks: [caption], options: {decoding: {max_tokens: 600}}}}",
+            "evaluate.val.options.decoding.max_tokens: 600 is too much, at most 63",
+        ),
+        (
+            "evaluate={val: {path: x, tasks: [caption], options: {decoding: {beams: 1000}}}}",
+            "evaluate.val.options.decoding.beams: 1000 is too much, at most 128",
+        ),
         ("=5", "'=5' is not key.path=value"),
         ("a..b=5", "'a..b=5' is not key.path=value"),
         ("seed=[1", "'seed=[1': the value is not YAML"),
@@ -95,7 +109,8 @@ def test_all_faults_come_at_once_with_the_nearest_key() -> None:
     ],
 )
 def test_fault(override: str, fault: str | None) -> None:
-    values = {**copy.deepcopy(VALUES), "seed": 0, "model": {"size": "tiny", "width": 128, "heads": 4}}
+    model = {"size": "tiny", "width": 128, "heads": 4, "max_positions": 64}
+    values = {**copy.deepcopy(VALUES), "seed": 0, "model": model}
     if fault is None:
         check_recipe(values, [override])
     else:
@@ -124,6 +139,76 @@ def test_objective_without_its_part(overrides: list[str], needs: str) -> None:
 
 def test_objective_of_weight_zero_needs_nothing() -> None:
     check_recipe(VALUES, ["objectives={itc: 1, statement: 0}"])
+
+
+class TestLength:
+    """``steps`` and ``epochs`` are refused where no stage asks for them."""
+
+    @pytest.mark.parametrize("name", ["pretrain/mini", "pretrain/tiny", "ablation/fusion", "finetune/mini_tasks"])
+    @pytest.mark.parametrize("override", ["steps=5", "epochs=2"])
+    def test_stages_decide(self, name: str, override: str) -> None:
+        with pytest.raises(RecipeError, match=f"{override.split('=')[0]}: every stage has its own length; set stages."):
+            load_recipe(name, [override])
+
+    @pytest.mark.parametrize("name", ["base", "finetune/vqa_base", "finetune/scenes"])
+    def test_no_stages(self, name: str) -> None:
+        assert load_recipe(name, ["steps=5"]).steps == 5
+
+    def test_a_stage_without_a_length(self) -> None:
+        stages = [{"name": "see", "steps": 5}, {"name": "learn"}]
+        assert check_recipe({**VALUES, "stages": stages}, ["steps=3"]).steps == 3
+
+    def test_epochs_beside_steps(self) -> None:
+        said = "epochs: has no effect beside steps: 1500; add steps=null"
+        with pytest.raises(RecipeError, match=said):
+            load_recipe("finetune/scenes", ["epochs=2"])
+        assert load_recipe("finetune/scenes", ["epochs=2", "steps=null"]).epochs == 2
+
+
+CAPTIONS_ALONE: dict[str, Any] = {
+    "name": "test",
+    "model": {"size": "tiny", "summary_tokens": 2, "image_head": {"hidden": 20}},
+    "data": {
+        "sources": {
+            "photos": {"path": "p", "cached_views": 1, "tasks": {"caption": 1}},
+            "texts": {"path": "t", "text_only": True, "tasks": {"caption": 1}},
+            "questions": {"path": "q", "tasks": {"vqa": 1}},
+        }
+    },
+    "stages": [{"name": "align", "align": {}, "sources": ["photos", "texts"]}, {"name": "learn", "steps": 3}],
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["stages=[]", "steps=4"], "source 'texts' is text_only, which needs a stage with `align` before"),
+        (["stages.align.sources=[photos]"], "stages: learn: source 'texts' is text_only"),
+        (["stages=[{name: learn, steps: 3}, {name: align, align: {}, sources: [photos, texts]}]"],
+         "stages: learn: source 'texts' is text_only"),
+        (["data.sources.photos.cached_views=0"], "stages: align: align needs a source with cached_views"),
+        (["stages.align.sources=[photos, texts, questions]"], "source 'questions' has no cached_views"),
+        (["data.sources.photos.tasks={vqa: 1}"], "source 'photos' has none of the tasks pretrain and caption"),
+        (["stages.align.sources=null", "data.sources.questions.cached_views=1"],
+         "stages: align: source 'questions' has none of the tasks"),
+        (["model.image_head=null"], "stages: align: align needs model.image_head"),
+        (["model.image_head.hidden=21"], "model.image_head.hidden 21 is not a multiple of folds 5"),
+        (["stages.learn.sources=[]"], "stages: learn: sources is empty"),
+        (["stages.learn.name=align"], "stages: two stages have the name 'align'"),
+        (["data.sources.texts.cached_views=1"], "data.sources.texts: text_only has no photos for cached_views"),
+        (["data.sources.texts.tasks={caption: 1, vqa: 1}"], "texts: text_only has captions alone, not vqa"),
+    ],
+)  # fmt: skip
+def test_stages_and_captions_without_photos(overrides: list[str], fault: str) -> None:
+    check_recipe(CAPTIONS_ALONE)
+    assert fault in faults_of(CAPTIONS_ALONE, *overrides)
+
+
+@pytest.mark.parametrize("name", ["pretrain/mini", "finetune/mini_tasks"])
+def test_a_shipped_recipe_without_its_align_stage(name: str) -> None:
+    rest = [stage.model_dump() for stage in load_recipe(name).stages if stage.align is None]
+    with pytest.raises(RecipeError, match="'flickr_text' is text_only.*'coco_text' is text_only"):
+        load_recipe(name, [f"stages={yaml.safe_dump(rest, default_flow_style=True, width=10**6)}"])
 
 
 class TestOverrides:
@@ -273,7 +358,7 @@ class TestInheritance:
         [
             ("tinny", "base: no recipe 'tinny', did you mean 'tiny'"),
             ("none.yaml", "base: no recipe file none.yaml"),
-            ("[a]", r"base: not the name of a recipe \(got \['a'\]\)"),
+            ("[a]", r'base: not the name of a recipe \(got \["a"\]\)'),
             ("mine.yaml", "base: mine.yaml is built on this recipe itself"),
             ("other.yaml", "base: mine.yaml is built on this recipe itself"),
         ],

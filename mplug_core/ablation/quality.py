@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from mplug_core.recipe import Recipe, check_recipe
 from mplug_core.training.engine import build_engine
 from mplug_core.training.history import METRICS, Curve, read_log
 from mplug_core.training.loop import Watch
+from mplug_core.training.merging import merge
 from mplug_core.training.optimizer import for_stage
+from mplug_core.training.run_folder import EXPERIMENT, check_run_folder, claim
 from mplug_core.training.step import TrainStep, build_context
 from mplug_core.training.trainer import Trainer, train
 
@@ -90,13 +92,17 @@ class Experiment:
         """The name of a run's folder: that of the network, whichever variant asks for it."""
         return f"{variant.layout(self.config)}-seed{seed}"
 
+    def check_folder(self) -> None:
+        """UsageError where the folder holds something else; MplugError where it can't be written."""
+        check_run_folder(self.folder, EXPERIMENT, "name a new or empty folder")
+
     def train(self, variants: Sequence[Variant], watch: Watch) -> None:
         """Train what is not trained yet; what was interrupted goes on. Of networks that are the same only the first.
 
         Several processes may train different networks in one folder at the same time.
         Raises Preempted, with everything saved, when told to stop.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        claim(self.folder, EXPERIMENT)
         # two processes may each train some of the networks
         with FileLock(self.folder / f".{SHARED}.lock"):
             train(self.shared_recipe(), watch=watch)
@@ -110,7 +116,7 @@ class Experiment:
         """Have a run look for its visual features where those of all runs are."""
         (self.folder / FEATURES).mkdir(parents=True, exist_ok=True)
         own = self.folder / self.run_of(variant, seed) / FEATURES
-        own.parent.mkdir(exist_ok=True)
+        claim(own.parent)
         if not own.exists():
             own.symlink_to(Path("..") / FEATURES)
 
@@ -127,7 +133,7 @@ class Experiment:
         trainer = Trainer(self.recipe_of(variant, self.seeds[0]), lambda kind, figures: None, "never")
         recipe, stage = trainer.recipe, trainer.stages[0]
         objectives = stage.objectives or recipe.objectives
-        trainer.model.freeze(set(recipe.freeze if stage.freeze is None else stage.freeze))
+        trainer.model.freeze(recipe.frozen(stage))
         sources = list(trainer.sources.values())
         module = TrainStep(trainer.model, trainer.tasks)
         optimizer = for_stage(recipe.optimizer, stage)
@@ -138,7 +144,9 @@ class Experiment:
 
         def step() -> None:
             nonlocal done
-            batches = [batch.to(trainer.world.device, engine.dtype) for batch in ready[done % READY_BATCHES]]
+            drawn = [replace(batch) for batch in ready[done % READY_BATCHES]]
+            merged = merge(drawn, list(trainer.sources))
+            batches = [batch.to(trainer.world.device, engine.dtype) for batch in merged]
             contexts = [
                 build_context(recipe, batch, objectives, 0.0, None, None, nullcontext, generator) for batch in batches
             ]

@@ -7,7 +7,6 @@ different machines. So the actions that are compared take turns, and what is quo
 from __future__ import annotations
 
 import gc
-import json
 import os
 import platform
 import statistics
@@ -17,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from mplug_core.json_text import to_json
 
 PACKAGES = ("mplug", "torch", "torchvision", "transformers", "timm")
 
@@ -138,4 +139,4 @@ class Report:
     def json(self) -> str:
         """One object: name, figures, notes and machine."""
         content = {"benchmark": self.name, **self.figures, "notes": self.notes, "machine": asdict(self.machine)}
-        return json.dumps(content)
+        return to_json(content)

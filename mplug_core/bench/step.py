@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mplug_core.recipe import StageSection
 from mplug_core.training.engine import Engine
+from mplug_core.training.merging import merge
 from mplug_core.training.workload import Workbench, build_parts
 
 
@@ -20,7 +21,8 @@ class RealStep:
         self.module = self.parts.step
         sizes = {name: bench.recipe.data.sources[name].batch_size for name in bench.sources_of(stage)}
         self.batch_size = sum(sizes.values())
-        self.batches = [bench.unread(name).batch(size) for name, size in sizes.items()]
+        drawn = [bench.unread(name, stage).batch(size) for name, size in sizes.items()]
+        self.batches = merge(drawn, list(bench.recipe.data.sources))
         for batch in self.batches:
             if batch.pixels is not None:
                 batch.pixels = torch.randn(batch.pixels.shape)

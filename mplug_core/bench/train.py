@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,7 +45,7 @@ class Pretraining:
         return check_recipe({
             "name": "bench",
             "steps": 1000,
-            "model": config.model_dump(mode="json"),
+            "model": config.architecture(),
             "data": {
                 "max_text": self.max_text,
                 "sources": {"pairs": {"path": "nowhere", "batch_size": self.batch, "tasks": {"pretrain": 1}}},
@@ -154,7 +155,7 @@ def bench_train(
         peaks[name] = peak_bytes(actions[name], held)
         advance(name)
     timings = take_turns(actions, repeats, warmup=0, advance=advance)
-    tokens = trial.model.visual.grid[0] * trial.model.visual.grid[1] + int(trial.model.visual.is_transformer)
+    tokens = math.prod(trial.model.visual.token_grid) + int(trial.model.visual.is_transformer)
     report = Report(
         "train",
         f"A pre-training step: {pretraining.batch} pairs, {tokens} image tokens, four losses and the update",

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mplug_core.data.images import open_image, placed_transform, train_transform
-from mplug_core.data.placement import WHOLE, Box, Placement, adapt, names_direction
+from mplug_core.data.images import open_image, picture_shape, placed_transform, train_transform
+from mplug_core.data.placement import WHOLE, Box, Placement, adapt, names_direction, upright
 from mplug_core.errors import DataError, ImageError
 from mplug_core.recipe import SourceSection, VisionSection
 
@@ -44,6 +45,10 @@ class Batch:
     ``image_ids`` [B] are equal only for the same image. ``blocks``: what each task's encoder made; ``bad``: images
     that could not be read. Blocks named in ``weightless`` are not of these images: another process has records of the
     task here, and what they teach nobody is computed so that all processes run the same modules.
+
+    ``weight`` is that of the batch's images in the mean over sources; ``grid_dropout`` [B] the chance of each to be
+    shown by its summary tokens alone; a batch that is ``alone`` is not merged with others, and of one that was merged
+    ``drawn`` says how many images each task was drawn from.
     """
 
     source: str
@@ -55,6 +60,14 @@ class Batch:
     blocks: dict[str, Block] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
     weightless: frozenset[str] = frozenset()
+    weight: float = 1.0
+    grid_dropout: Tensor | None = None
+    alone: bool = False
+    drawn: dict[str, int] = field(default_factory=dict)
+
+    def images_of(self, task: str) -> int:
+        """How many images records of a task were drawn from."""
+        return self.drawn.get(task, len(self.image_ids))
 
     def add_weightless(self, task: str, block: Block, order: Sequence[str]) -> None:
         """Take a block of other images in the place of one that there is not; ``order``: of the tasks."""
@@ -93,6 +106,28 @@ def image_groups(count: int, links: Sequence[tuple[int, ...]]) -> list[list[int]
     return list(groups.values())
 
 
+class Features(Protocol):
+    """Visual features of a source's images, computed before: a few views of each, as many as its length."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, views: Sequence[int], images: Sequence[int]) -> Tensor:
+        """[B, N, C] of these images in these views."""
+
+
+@dataclass(frozen=True)
+class HeldFeatures:
+    """Features that are in memory: [views, images, N, C]."""
+
+    array: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, views: Sequence[int], images: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.stack([self.array[v, i] for v, i in zip(views, images, strict=True)]))
+
+
 class NothingReadable(DataError):
     """No image of a batch can be read; ``bad`` has a line for each."""
 
@@ -115,7 +150,10 @@ class Source:
         """``records``: of each task in ``section.tasks``, with ``image`` or ``images``; captions alone have neither."""
         self.name, self.section, self.vision = name, section, vision
         self.encoders = encoders
-        self.features: np.ndarray | None = None  # [views, images, N, C], where they are computed before
+        self.features: Features | None = None  # where they are computed before
+        self.cached = True  # whether batches have features, as far as there are any: not where the encoder learns
+        self._settled: set[int] = set()  # images whose boxes are known to be the picture's
+        self._strange: list[str] = []  # lines on boxes of other pictures, not yet told
         self.placements: np.ndarray | None = None  # [views, images, 4], beside the features: of a Placement
         self.aligned: np.ndarray | None = None  # [views, images, E] contrastive features, of texts for captions alone
         numbers: dict[Any, int] = {}
@@ -133,6 +171,20 @@ class Source:
         if not self.groups:
             raise DataError(f"source {name}: no records")
         self.per_group = max(len(group) for group in self.groups)
+
+    def keep_part(self, images: int, seed: int) -> None:
+        """Leave about ``images`` images, chosen by the seed, as if there were no others. Batches stay as large."""
+        order = np.random.default_rng(seed & 0x7FFFFFFF).permutation(len(self.groups))
+        ends = np.cumsum([len(self.groups[k]) for k in order])
+        kept = [self.groups[k] for k in sorted(order[: int(np.searchsorted(ends, images)) + 1])]
+        number = {image: place for place, image in enumerate(image for group in kept for image in group)}
+        self.images = [self.images[image] for image in number]
+        self.by_image = [
+            {task: [(tuple(number[i] for i in rows), record) for rows, record in records]
+             for task, records in self.by_image[image].items()}
+            for image in number
+        ]  # fmt: skip
+        self.groups = [[number[image] for image in group] for group in kept]
 
     def can_be_cut(self, pieces: int) -> bool:
         """Whether ``pieces`` batches of the section's size are as much as one of ``pieces`` times that size."""
@@ -182,14 +234,15 @@ class Source:
 
     def batch(self, images: Sequence[int], rng: random.Random) -> Batch:
         """The batch of these images with records drawn by ``rng``. DataError if none of the images can be read."""
-        batch = Batch(self.name, torch.zeros(0))
+        batch = Batch(self.name, torch.zeros(0), weight=self.section.weight)
         kept = list(images)
+        self._settle(kept)
         if self.section.text_only:
             batch.stand_in = torch.from_numpy(self.aligned[0, kept])
             placements = [WHOLE] * len(kept)
-        elif self.features is not None:
+        elif self.features is not None and self.cached:
             views = [rng.randrange(len(self.features)) for _ in kept]
-            batch.features = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, kept, strict=True)]))
+            batch.features = self.features.read(views, kept)
             placements = self._placements_of(views, kept)
             if self.aligned is not None:
                 batch.aligned = self._mixed_views(kept, rng)
@@ -197,7 +250,10 @@ class Source:
             views, kept, batch.bad = self._read(kept, rng)
             batch.pixels = torch.stack([pixels for pixels, _ in views])
             placements = [placement for _, placement in views]
+        batch.bad, self._strange = batch.bad + self._strange, []
         batch.image_ids = torch.tensor(kept)
+        if self.section.grid_dropout and not self.section.text_only:
+            batch.grid_dropout = torch.full((len(kept),), self.section.grid_dropout)
         rows = {image: row for row, image in enumerate(kept)}
         for task, per_image in self.section.tasks.items():
             counts = spread(per_image, len(kept), rng)
@@ -211,6 +267,23 @@ class Source:
             if drawn:
                 batch.blocks[task] = self.encoders[task](drawn, rng)
         return batch
+
+    def _settle(self, images: Iterable[int]) -> None:
+        """Turn boxes that were drawn on the file as it is stored; leave those out that are of another picture."""
+        if "grounding" not in self.section.tasks or self.section.text_only:
+            return
+        for image in images:
+            found = [] if image in self._settled else self.by_image[image].get("grounding", [])
+            self._settled.add(image)
+            if not any(getattr(record, "size", None) for _, record in found):
+                continue
+            shape, kept = picture_shape(self.images[image]), []
+            for rows, record in found:
+                try:
+                    kept.append((rows, upright(record, shape)))
+                except DataError as error:
+                    self._strange.append(f"{self.shown(image)}: {error.code}: {record.phrase[:60]}: {error.message}")
+            self.by_image[image]["grounding"] = kept
 
     def _true_of(self, image: int, task: str, rows: Mapping[int, int], placements: Sequence[Placement]) -> list[Drawn]:
         """The records of a task on an image as they are true of the batch's images, which lie as ``placements`` say."""
@@ -270,16 +343,34 @@ class Source:
             randaugment=(2, 7) if section.augment == "randaugment" else None,
             boxes=not _KNOW_PLACES.isdisjoint(section.tasks),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(rng.getrandbits(62))  # torch.manual_seed is the GPU's, too
-            return transform(picture, self.targets(image) if "grounding" in section.tasks else None)
+        seed, targets = rng.getrandbits(62), self.crop_targets(image)
+        with _DRAWING, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed is the GPU's, too
+            return transform(picture, targets)
+
+    def view_settings(self, view: int) -> str:
+        """What decides how a cached view of an image looks, beside the image and its :meth:`crop_targets`."""
+        section = self.section
+        if not view or section.augment == "none":
+            return "plain"
+        scale = "" if section.augment == "flip" else section.crop_scale
+        places = section.augment == "randaugment" and not _KNOW_PLACES.isdisjoint(section.tasks)
+        return f"{section.augment} {scale} {places} {view}"
+
+    def crop_targets(self, image: int) -> list[Box] | None:
+        """The boxes that crops are made around; None where they don't matter."""
+        cropped = self.section.augment in ("crop", "randaugment") and "grounding" in self.section.tasks
+        return self.targets(image) if cropped else None
 
     def targets(self, image: int) -> list[Box]:
         """Boxes of an image that a crop may be made around: their phrases name no direction."""
+        self._settle([image])
         phrases = [record for _, record in self.by_image[image].get("grounding", ())]
         return [phrase.box for phrase in phrases if not names_direction(phrase.phrase)]
 
 
+_DRAWING = threading.Lock()
+"""Held while an augmentation draws: torch's transforms draw from the one generator of the process."""
 _KNOW_PLACES = {"grounding", "patches"}
 """Tasks whose targets are places in the picture."""
 

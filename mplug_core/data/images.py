@@ -10,24 +10,28 @@ made.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import logging
 import os
-import stat
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mplug_core.data.folders import NotAFile, open_file
+from mplug_core.data.metadata import ORIENTATION, without_metadata
 from mplug_core.data.placement import Box, Placement
-from mplug_core.errors import ImageError
+from mplug_core.errors import ImageError, shortened
 from mplug_core.recipe import VisionSection
 
 # Pillow warns about doubtful EXIF, palettes and sizes; the user gets an error or an answer, never those lines. A filter
@@ -37,6 +41,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
+_MAX_CLEANED = 1 << 28
+"""Bytes of a file up to which a damaged one is looked at again without its metadata."""
 
 # Raster formats with a signature only: EPS and WMF run interpreters, and TGA's reader takes text files for pictures.
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "ICO", "QOI")
@@ -64,23 +70,81 @@ def open_image(
     ``not_an_image``, ``broken`` (damaged or cut short) or ``too_large``.
     """
     name = name or ("the image data" if isinstance(source, bytes) else _shown(source))
-    file = _open_bytes(source, name)
-    with file:
-        head = file.read(512)
-        if not head:
-            raise ImageError(f"{name} is empty", "the file has no bytes: copy or download it again", "empty")
+    with _open_bytes(source, name) as file:
         try:
-            image = Image.open(file, formats=_formats())
-        except Image.DecompressionBombError as error:
-            raise _too_large(name, None, max_pixels) from error
-        except MemoryError as error:
-            raise _too_large(name, None, max_pixels) from error
-        except UnidentifiedImageError as error:
-            raise _unidentified(name, head) from error
-        except Exception as error:
-            raise _broken(name, error) from error
-        with image:
-            return _decoded(image, name, max_pixels, target)
+            return _read(file, name, max_pixels, target)
+        except ImageError as error:
+            if error.code != "broken":
+                raise
+            plain = _cleaned(file)
+            if plain is None:
+                raise
+            try:
+                return _read(plain, name, max_pixels, target)
+            except ImageError as second:  # the first error is that of the file as it is
+                raise (second if second.code == "too_large" else error) from None
+
+
+def _read(file: BinaryIO, name: str, max_pixels: int, target: int | None) -> Image.Image:
+    head = file.read(512)
+    if not head:
+        raise ImageError(f"{name} is empty", "the file has no bytes: copy or download it again", "empty")
+    try:
+        image = _open_heif(file, name, max_pixels) if _is_heif(head) else Image.open(file, formats=_formats())
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise _too_large(name, None, max_pixels) from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(name, head) from error
+    except Exception as error:
+        raise _broken(name, error) from error
+    with image:
+        return _decoded(image, name, max_pixels, target)
+
+
+def _cleaned(file: BinaryIO) -> BinaryIO | None:
+    """The same picture without metadata; None where that is no other file."""
+    try:
+        file.seek(0)
+        data = file.read(_MAX_CLEANED + 1)
+    except (OSError, MemoryError):
+        return None
+    plain = without_metadata(data) if len(data) <= _MAX_CLEANED else None
+    return None if plain is None else io.BytesIO(plain)
+
+
+def _brands(head: bytes) -> set[bytes]:
+    """The brands of an ISO media file: what kinds of file it is; empty for another one."""
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    return {head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))}
+
+
+def _is_avif(head: bytes) -> bool:
+    return not _brands(head).isdisjoint((b"avif", b"avis"))
+
+
+def _is_heif(head: bytes) -> bool:
+    brands = _brands(head)
+    return any(brand[:3] in (b"hei", b"hev", b"mif", b"msf") for brand in brands) and not _is_avif(head)
+
+
+def _open_heif(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """A HEIC or HEIF photo as a picture that is not decoded yet, and stands upright."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        hint = "pip install 'mplug[heif]', or convert it to JPEG"
+        raise ImageError(f"{name} is a HEIC photo, for which pillow-heif is needed", hint, "not_an_image") from error
+    file.seek(0)
+    found = pillow_heif.open_heif(file, convert_hdr_to_8bit=True)
+    if found.size[0] * found.size[1] > max_pixels:
+        raise _too_large(name, found.size, max_pixels)
+    picture = found.to_pillow()
+    picture.format = "HEIF"
+    return picture
 
 
 def convert_image(image: Image.Image, name: str = "the image", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -100,9 +164,14 @@ def _decoded(image: Image.Image, name: str, max_pixels: int, target: int | None)
     try:
         if target and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * target, 2 * target))
-        image.load()
+        if image.format == "TIFF":
+            with _quiet_tiff():
+                image.load()
+        else:
+            image.load()
         picture = _rgb(_upright(image))
         picture.info[_FULL_SIZE] = (height, width) if _on_its_side(image) else (width, height)
+        picture.info[_FORMAT] = image.format or ""
         return picture
     except MemoryError as error:
         raise _too_large(name, (width, height), max_pixels) from error
@@ -110,7 +179,47 @@ def _decoded(image: Image.Image, name: str, max_pixels: int, target: int | None)
         raise _broken(name, error) from error
 
 
+_TIFF_LOCK = threading.Lock()
+_tiff_users = 0
+_tiff_handlers: list[tuple[Any, int | None]] = []
+
+
+@contextmanager
+def _quiet_tiff() -> Iterator[None]:
+    """Have libtiff, which writes what it finds to stderr by itself, say nothing while the block runs.
+
+    Its handlers are the process's: the first block puts them aside, the last one brings them back.
+    """
+    global _tiff_users
+    with _TIFF_LOCK:
+        _tiff_users += 1
+        if _tiff_users == 1:
+            _tiff_handlers[:] = [(setter, setter(None)) for setter in _tiff_setters()]
+    try:
+        yield
+    finally:
+        with _TIFF_LOCK:
+            _tiff_users -= 1
+            if not _tiff_users:
+                for setter, before in _tiff_handlers:
+                    setter(before)
+
+
+@cache
+def _tiff_setters() -> tuple[Any, ...]:
+    """libtiff's functions that exchange a handler, from the library that Pillow has loaded; none where it has none."""
+    try:
+        library = ctypes.CDLL(Image.core.__file__)
+        found = (library.TIFFSetWarningHandler, library.TIFFSetErrorHandler)
+    except (OSError, AttributeError):  # linked into Pillow itself, or left out
+        return ()
+    for setter in found:
+        setter.restype, setter.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    return found
+
+
 _FULL_SIZE = "full size"
+_FORMAT = "format"
 
 
 def full_size(picture: Image.Image) -> tuple[int, int]:
@@ -118,17 +227,41 @@ def full_size(picture: Image.Image) -> tuple[int, int]:
     return picture.info.get(_FULL_SIZE, picture.size)
 
 
+def picture_shape(source: str | Path | bytes) -> tuple[tuple[int, int], int] | None:
+    """Width and height of a picture as it is shown, and the EXIF orientation by which its file is turned for that.
+
+    Only the header is read; None for what can't be opened.
+    """
+    try:
+        with _open_bytes(source, "the image") as file, Image.open(file, formats=_formats()) as image:
+            width, height = image.size
+            return ((height, width) if _on_its_side(image) else (width, height)), _orientation(image)
+    except Exception:  # whoever opens the picture says what is wrong with it
+        return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; damaged EXIF turns nothing."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def format_of(picture: Image.Image) -> str:
+    """Pillow's name of the format of the file that an opened picture is of; empty where it is of none."""
+    return picture.info.get(_FORMAT, "")
+
+
 def _on_its_side(image: Image.Image) -> bool:
     """Whether EXIF says that width and height change places."""
-    try:
-        return image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF turns nothing
-        return False
+    return _orientation(image) in (5, 6, 7, 8)
 
 
 def _shown(source: str | Path) -> str:
     """The path as it may go to a terminal or a JSON line: valid Unicode without control characters."""
-    text = os.fsencode(source).decode("utf-8", "replace")
+    text = shortened(os.fsencode(source).decode("utf-8", "replace"), 200)
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text) or "the empty path"
 
 
@@ -138,23 +271,22 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _open_bytes(source: str | Path | bytes, name: str) -> Any:
-    """A seekable binary file on ``source``; pipes (``<(curl ...)``) are read whole, devices and folders refused."""
+def _open_bytes(source: str | Path | bytes, name: str) -> BinaryIO:
+    """A seekable binary file on ``source``; pipes of the shell (``<(curl ...)``) are read whole."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
-        mode = os.stat(source).st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError(f"{name} is a folder, not an image", "name the files in it", "unreadable")
-        if stat.S_ISREG(mode):
-            return open(source, "rb")
-        if stat.S_ISFIFO(mode):
-            with open(source, "rb") as pipe:
-                data = pipe.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ImageError(f"{name} gives more than {MAX_BYTES >> 20} MB", "send one image", "too_large")
-            return io.BytesIO(data)
-        raise ImageError(f"{name} is a device or socket, not an image", "name an image file", "unreadable")
+        file = open_file(source)
+        if file.seekable() and os.fstat(file.fileno()).st_size <= MAX_BYTES:
+            return file
+        with file:
+            data = b"" if file.seekable() else file.read(MAX_BYTES + 1)
+            if file.seekable() or len(data) > MAX_BYTES:
+                raise ImageError(f"{name} has more than {MAX_BYTES >> 20} MB", "give one image", "too_large")
+        return io.BytesIO(data)
+    except NotAFile as error:
+        hint = "name the files in it" if error.what == "a folder" else "name an image file, or - for standard input"
+        raise ImageError(f"{name} is {error.what}, not an image", hint, "unreadable") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         number = getattr(error, "errno", None)
         if number in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
@@ -172,9 +304,10 @@ def _unidentified(name: str, head: bytes) -> ImageError:
         return ImageError(f"{name} is a Git LFS pointer, not an image", "run git lfs pull", "not_an_image")
     if b"<svg" in text or text.startswith(b"%pdf") or text.startswith(b"%!ps"):
         return ImageError(f"{name} is a drawing, not a photo", "export it as PNG or JPEG", "not_an_image")
-    if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
-        return ImageError(f"{name} is a HEIC photo, which can't be opened", "convert it to JPEG", "not_an_image")
-    if head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+    if _is_avif(head) and "AVIF" not in _formats():
+        hint = "pip install -U pillow, or convert it to JPEG"
+        return ImageError(f"{name} is an AVIF image, which this Pillow can't open", hint, "not_an_image")
+    if head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or _is_avif(head):
         return ImageError(f"{name} is damaged or cut short", "copy or download it again", "broken")
     return ImageError(f"{name} is not an image", "give a JPEG, PNG, WebP, GIF, BMP or TIFF file", "not_an_image")
 
@@ -195,7 +328,7 @@ def _too_large(name: str, size: tuple[int, int] | None, max_pixels: int) -> Imag
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turned = image.getexif().get(0x0112, 1) not in (None, 1)
+        turned = image.getexif().get(ORIENTATION, 1) not in (None, 1)
         return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # damaged EXIF says nothing about the pixels
         return image

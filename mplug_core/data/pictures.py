@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from hashlib import blake2b
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
-from mplug_core.data.images import PlacedTransform, convert_image, full_size, open_image
+from mplug_core.data.embedded import image_in_text, is_data_url, shown_name
+from mplug_core.data.images import MAX_BYTES, PlacedTransform, convert_image, full_size, open_image
 from mplug_core.data.placement import WHOLE, Placement
-from mplug_core.data.web import download, is_address
+from mplug_core.data.web import download
+from mplug_core.download import is_address
 from mplug_core.errors import ImageError
 
 if TYPE_CHECKING:
@@ -38,11 +42,35 @@ class Picture:
         """An upright RGB picture as the model will see it."""
         return cls(*transform(picture), full_size(picture))
 
+    def content(self) -> bytes:
+        """What tells the picture from others as the model sees it, wherever it came from: a digest of its pixels."""
+        return content_of(self.pixels)
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor | Picture
-"""One image: a path, an http(s) address (a str), the bytes of a file, a Pillow image, a uint8 array [H, W, 3], a uint8
+
+def content_of(pixels: Tensor) -> bytes:
+    """A digest of normalised pixels [3, S, S]."""
+    return blake2b(pixels.float().cpu().contiguous().numpy().data, digest_size=16).digest()
+
+
+ImageSource: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Mapping[str, Any] | Image.Image | np.ndarray
+    | Tensor | Picture
+)  # fmt: skip
+"""One image: a path, an http(s) address, a ``data:`` URL or base64 (a str), the bytes of a file, an open binary file, a
+dict with ``bytes`` or ``path`` (as the datasets package has them), a Pillow image, a uint8 array [H, W, 3], a uint8
 tensor [3, H, W], a float tensor [3, S, S] of pixels that are normalised as the model wants them, or an opened picture.
 """
+
+
+def is_one_image(value: Any) -> bool:
+    """Whether a value is one image by its type, whatever it can be iterated over for; arrays and tensors with a batch
+    dimension in front are several."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 or (value.ndim != 4 and value.dtype.kind not in "OU")
+    if isinstance(value, Tensor):
+        return value.ndim != 4
+    one = (str, os.PathLike, bytes, bytearray, memoryview, Mapping, Image.Image, ImageSequence.Iterator, Picture)
+    return isinstance(value, one) or hasattr(value, "read")
 
 
 def open_picture(source: ImageSource, transform: PlacedTransform, name: str = "the image") -> Picture:
@@ -59,12 +87,18 @@ def open_picture(source: ImageSource, transform: PlacedTransform, name: str = "t
 
 def open_source(source: ImageSource, target: int | None = None, name: str = "the image") -> Image.Image:
     """Open one image as an upright RGB picture; ``target`` and errors as of ``open_image``."""
-    if isinstance(source, str) and is_address(source):
-        return open_image(download(source), target=target, name=source)
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, str):
+        return _open_text(source, target, name)
+    if isinstance(source, os.PathLike):
         return open_image(os.fspath(source), target=target)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return open_image(bytes(source), target=target, name=name)
+    if hasattr(source, "read"):
+        return open_image(_bytes_of(source, name), target=target, name=_name_of(source) or name)
+    if isinstance(source, Mapping):
+        return _open_mapping(source, target, name)
+    if isinstance(source, ImageSequence.Iterator):
+        source = source.im
     if isinstance(source, Image.Image):
         return convert_image(source, name)
     if isinstance(source, Tensor):
@@ -77,8 +111,53 @@ def open_source(source: ImageSource, target: int | None = None, name: str = "the
         return convert_image(Image.fromarray(np.ascontiguousarray(source)), name)
     raise ImageError(
         f"{name} is no image but a {type(source).__name__}",
-        "give a path, an address, bytes, a Pillow image, an array or a tensor", "not_an_image",
+        "give a path, an address, bytes, an open file, a Pillow image, an array or a tensor", "not_an_image",
     )  # fmt: skip
+
+
+def _open_text(source: str, target: int | None, name: str) -> Image.Image:
+    """A path, an address, a data: URL or base64."""
+    if is_address(source):
+        return open_image(download(source), target=target, name=shown_name(source))
+    called = shown_name(source) if is_data_url(source) else name
+    data = image_in_text(source, called)
+    return open_image(source, target=target) if data is None else open_image(data, target=target, name=called)
+
+
+def _bytes_of(file: Any, name: str) -> bytes:
+    """What is in an open file, from its beginning where it can go back there, as Pillow reads it."""
+    try:
+        if getattr(file, "seekable", lambda: hasattr(file, "seek"))():
+            file.seek(0)
+        data = file.read(MAX_BYTES + 1)
+    except ImageError:
+        raise
+    except Exception as error:  # a file of whatever kind
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name} can't be read: {reason}", "give a binary file that is open", "unreadable") from error
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        kind = type(data).__name__
+        raise ImageError(f"{name} is a file that gives {kind}, not bytes", 'open it with "rb"', "unreadable")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{name} has more than {MAX_BYTES >> 20} MB", "scale it down", "too_large")
+    return bytes(data)
+
+
+def _name_of(file: Any) -> str | None:
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) and name and name.isprintable() else None
+
+
+def _open_mapping(source: Mapping[str, Any], target: int | None, name: str) -> Image.Image:
+    """``{"bytes", "path"}``: the bytes where there are some, else the file."""
+    data, path = source.get("bytes"), source.get("path")
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return open_image(bytes(data), target=target, name=name)
+    if data is None and isinstance(path, (str, os.PathLike)) and os.fspath(path):
+        return open_source(path, target, name)
+    hint = 'give {"bytes": ..., "path": ...}, as the datasets package has images'
+    kind = type(source).__name__
+    raise ImageError(f"{name} is a {kind} without the bytes or the path of an image", hint, "not_an_image")
 
 
 def _normalised(pixels: Tensor, size: int, name: str) -> Picture:

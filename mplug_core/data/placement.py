@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any
 
 from mplug_core.data.records import PhraseRecord
+from mplug_core.errors import DataError
 
 Box = tuple[float, float, float, float]
 """Corners x0, y0, x1, y1."""
@@ -84,6 +85,56 @@ class Placement:
 
 WHOLE = Placement()
 """The picture squashed to the square."""
+
+
+ON_ITS_SIDE = {5: 5, 6: 8, 7: 7, 8: 6}
+"""EXIF orientations by which width and height change places, and what turns a picture back."""
+SAME_SHAPE = 0.02
+"""How far the ratio of the sides may be off: thumbnails are rounded."""
+
+
+def turned(box: Iterable[float], orientation: int) -> Box:
+    """A box in shares of a file's picture as a box of the picture that an EXIF orientation of 5 to 8 makes of it."""
+    x0, y0, x1, y1 = box
+    match orientation:
+        case 5:
+            return (y0, x0, y1, x1)
+        case 6:
+            return (1 - y1, x0, 1 - y0, x1)
+        case 7:
+            return (1 - y1, 1 - x1, 1 - y0, 1 - x0)
+        case 8:
+            return (y0, 1 - x1, y1, 1 - x0)
+    return (x0, y0, x1, y1)
+
+
+def turn_of(size: tuple[int, int] | None, shape: tuple[tuple[int, int], int] | None) -> int:
+    """The EXIF orientation by which a picture is turned that a file states the ``size`` of: 1 where it is upright.
+
+    ``shape``: its size as it is shown, and its own orientation. DataError where the size is another picture's.
+    """
+    if size is None or shape is None or _same_shape(size, shape[0]):
+        return 1
+    upright, orientation = shape
+    if orientation in ON_ITS_SIDE and _same_shape(size[::-1], upright):
+        return orientation
+    stated, found = (" x ".join(map(str, sides)) for sides in (size, upright))
+    raise DataError(f"its box is on a picture of {stated} pixels, and the picture has {found}", code="other_picture")
+
+
+def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    if max(abs(one[0] - other[0]), abs(one[1] - other[1])) <= 1:
+        return True
+    across, down = one[0] * other[1], one[1] * other[0]
+    return abs(across - down) <= SAME_SHAPE * max(across, down)
+
+
+def upright(record: PhraseRecord, shape: tuple[tuple[int, int], int] | None) -> PhraseRecord:
+    """A phrase with its box and size as the picture is shown; ``shape`` and errors as of :func:`turn_of`."""
+    turn = turn_of(record.size, shape)
+    if turn == 1:
+        return record
+    return dataclasses.replace(record, box=cut(turned(record.box, turn)), size=record.size[::-1])
 
 
 def _in_order(x0: float, y0: float, x1: float, y1: float) -> Box:

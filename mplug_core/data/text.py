@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mplug_core.bounded import Unreadable, read_bytes
 from mplug_core.errors import CheckpointError
 
 # Encoding is one text at a time, and data workers fork: without this the package warns about its thread pool.
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 _DELETED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+MAX_VOCABULARY = 32 << 20
+"""Bytes of a vocabulary."""
 _BOX = re.compile(r"\[box_(\d+)\]")
 # No token is made of more characters than this on average, in any text that is one; what is behind the cut need not be
 # looked at.
@@ -76,12 +79,13 @@ class Tokenizer:
     def load(cls, vocab_file: str | Path) -> Tokenizer:
         """Read a vocabulary file: one piece a line, the line's number is its id."""
         try:
-            text = Path(vocab_file).read_bytes().decode("utf-8")
-        except OSError as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
-            raise CheckpointError(f"vocabulary {vocab_file} {reason}", "give the folder's vocab.txt") from error
+            text = read_bytes(vocab_file, MAX_VOCABULARY).decode("utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"vocabulary {vocab_file} is not UTF-8", "give the folder's vocab.txt") from error
+        except Unreadable as error:
+            gone = isinstance(error.__cause__, FileNotFoundError)
+            reason = "does not exist" if gone else f"can't be read: {error}"
+            raise CheckpointError(f"vocabulary {vocab_file} {reason}", "give the folder's vocab.txt") from error
         # Not splitlines(): BERT's pieces include exotic line separators.
         lines = text.replace("\r\n", "\n").split("\n")
         while lines and not lines[-1]:
@@ -120,6 +124,11 @@ class Tokenizer:
             text = text.encode("utf-8", "replace").decode("utf-8")
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.cls_id, *ids[:room], self.sep_id] if end else [self.cls_id, *ids[:room]]
+
+    def unknown_share(self, text: str) -> float:
+        """The share of a text's pieces that the vocabulary doesn't know, 0 .. 1; 1 for a text without a piece."""
+        ids = self.encode(text, end=False)[1:]
+        return ids.count(self.unk_id) / len(ids) if ids else 1.0
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Ids (a tensor row will do) as text: pieces joined, punctuation attached, numbers like 3.5 and 10:30 whole.

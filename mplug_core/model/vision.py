@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch.func import functional_call
 
 from mplug_core.errors import CheckpointError
 from mplug_core.model.attention import fused_is_faster
+from mplug_core.model.batch_norm import fix_statistics
 from mplug_core.model.compiler import without_compiler
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import nearest
@@ -61,7 +64,8 @@ class VisualEncoder(nn.Module):
     A vision transformer gives all its tokens after its final norm, the class token first. A convolutional network
     gives the cells of its last grid, row by row; behind the last stage's channels stand those of ``vision.levels``,
     finer stages whose pixels under a cell lie side by side: they know colours, outlines and places that the last stage
-    of a frozen network has forgotten. ``grid`` is (rows, columns) at the configured size. CheckpointError for a
+    of a frozen network has forgotten. ``grid`` is (rows, columns) at the configured size, ``token_grid`` that of the
+    model's image tokens, of which a cell gives ``vision.subcells`` in either direction. CheckpointError for a
     backbone that timm doesn't have, that can't be built as configured, or that gives neither.
     """
 
@@ -78,19 +82,20 @@ class VisualEncoder(nn.Module):
         classes = config.image_head.classes if config.image_head else 0
         try:
             self.backbone = timm.create_model(vision.backbone, pretrained=False, num_classes=classes, **options)
-        except (TypeError, ValueError, AssertionError) as error:
+        except Exception as error:  # timm checks little, and each of its models fails in its own way
             reason = f"{vision.backbone} can't be built with options {vision.options}: {error}"
             raise CheckpointError(reason, "correct model.vision.options") from error
+        fix_statistics(self.backbone)
         self.is_transformer = isinstance(self.backbone, timm.models.vision_transformer.VisionTransformer)
         self.attentions = [module for module in self.backbone.modules() if getattr(module, "fused_attn", False)]
         self.levels = list(vision.levels)
         self.width = self.backbone.num_features
         if self.is_transformer and not self.backbone.has_class_token:
             raise CheckpointError(f"{vision.backbone} has no class token", "choose another model.vision.backbone")
-        if self.is_transformer and self.levels:
-            raise CheckpointError(f"{vision.backbone} has no levels", "leave model.vision.levels out")
+        if self.is_transformer and (self.levels or vision.subcells > 1):
+            raise CheckpointError(f"{vision.backbone} has no levels", "leave model.vision.levels and subcells out")
         if self.is_transformer:
-            self.grid = self.backbone.patch_embed.grid_size
+            self.grid = self.token_grid = self.backbone.patch_embed.grid_size
             projection = self.backbone.patch_embed.proj
             if type(projection) is nn.Conv2d and projection.kernel_size == projection.stride:
                 projection.__class__ = PatchProjection  # with the weights that timm has initialised
@@ -109,9 +114,23 @@ class VisualEncoder(nn.Module):
             self.grid = tuple(grid)
             self.pooled_width = 2 * self.last_width
             self.width = self.last_width
+            self.level_widths: list[int] = []
+            self.level_sides: list[int] = []  # how many of a level's pixels lie side by side under a cell
             if self.levels:
-                folded = self._probe(self._folded, vision.image_size)
-                self.width = sum(grid.shape[1] for grid in folded)
+                try:
+                    _, *folded = self._probe(self._folded, vision.image_size)
+                except (AttributeError, AssertionError, IndexError, RuntimeError) as error:
+                    reason = f"levels {self.levels} of the backbone can't be had: {error}"
+                    raise CheckpointError(reason, "correct model.vision.levels") from error
+                self.level_widths = [grid.shape[1] for grid in folded]
+                channels = [self._feature(level)["num_chs"] for level in self.levels]
+                self.level_sides = [math.isqrt(w // c) for w, c in zip(self.level_widths, channels, strict=True)]
+                self.width += sum(self.level_widths)
+            self.subcells = vision.subcells
+            self.token_grid = tuple(cells * self.subcells for cells in self.grid)
+            if any(side % self.subcells for side in self.level_sides or [1]):
+                reason = f"levels {self.levels} are not {self.subcells} times as fine as the last grid"
+                raise CheckpointError(reason, "correct model.vision.subcells or levels")
 
     def _probe(self, function: Callable[[Tensor], Tensor], size: int) -> Tensor:
         """What the backbone gives for no image at all, or if it does not take that, for a black one.
@@ -141,6 +160,23 @@ class VisualEncoder(nn.Module):
         """A transformer's layers; a convolutional network has none."""
         return list(self.backbone.blocks) if self.is_transformer else []
 
+    @property
+    def stem(self) -> list[nn.Module]:
+        """The backbone's modules up to its first level (without levels: its first feature map), or a vision
+        transformer's patch embedding: what sees edges and colours, which no data set has to teach."""
+        if self.is_transformer:
+            return [self.backbone.patch_embed]
+        last = self._feature(min(self.levels, default=0))["module"]
+        names = [name for name, _ in self.backbone.named_modules() if name]
+        inside = [name for name in names if name == last or name.startswith(f"{last}.")]
+        before = names[: names.index(inside[-1]) + 1]
+        return [self.backbone.get_submodule(name) for name in before if not last.startswith(f"{name}.")]
+
+    def _feature(self, level: int) -> dict[str, Any]:
+        """What timm says of a feature map: ``module``, ``num_chs``, ``reduction``."""
+        known = self.backbone.feature_info
+        return (known if isinstance(known, list) else known.info)[level]
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.backbone.set_grad_checkpointing(enabled)
@@ -165,20 +201,32 @@ class VisualEncoder(nn.Module):
 
     def _folded(self, pixels: Tensor) -> list[Tensor]:
         """The last grid [B, C, H, W], and each level with its pixels under a cell as channels."""
-        try:
-            last, levels = self.backbone.forward_intermediates(pixels, indices=self.levels)
-            return [self._channels_first(last), *(self._fold(level) for level in levels)]
-        except (AttributeError, AssertionError, IndexError, RuntimeError) as error:
-            reason = f"levels {self.levels} of the backbone can't be had: {error}"
-            raise CheckpointError(reason, "correct model.vision.levels") from error
+        last, levels = self.backbone.forward_intermediates(pixels, indices=self.levels)
+        return [self._channels_first(last), *(self._fold(level) for level in levels)]
 
     def _fold(self, level: Tensor) -> Tensor:
         side = level.shape[-1] // self.grid[-1]
-        if not len(level):  # which pixel_unshuffle returns as it is
+        # what pixel_unshuffle returns as it is; len() would fix the batch of an exported graph
+        if level.shape[0] == 0:
             if tuple(level.shape[-2:]) != tuple(cells * side for cells in self.grid):
                 raise RuntimeError(f"a grid of {level.shape[-2]} x {level.shape[-1]} does not divide into the last's")
             return level.new_empty(0, level.shape[1] * side**2, *self.grid)
         return F.pixel_unshuffle(level, side)
+
+    def split_levels(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``tokens`` [B, N, C] of a convolutional network to the last grid's [B, N, C'] and, of each level, those of
+        the token grid [B, N * subcells^2, its channels], row by row."""
+        last, *levels = tokens.split([self.last_width, *self.level_widths], -1)
+        return last, [self._subdivide(*pair) for pair in zip(levels, self.level_sides, strict=True)]
+
+    def _subdivide(self, level: Tensor, side: int) -> Tensor:
+        rows, columns = self.grid
+        k, batch = self.subcells, level.shape[0]
+        # the folding, taken back as far as subcells: what is left of a side stays channels
+        fine = level.transpose(1, 2).unflatten(2, (rows, columns)).unflatten(1, (-1, side, side))
+        fine = fine.unflatten(3, (k, -1)).unflatten(2, (k, -1))  # [B, c, k, s/k, k, s/k, rows, columns]
+        fine = fine.permute(0, 6, 2, 7, 4, 1, 3, 5)
+        return fine.reshape(batch, rows * k * columns * k, -1)
 
     def class_probabilities(self, tokens: Tensor) -> Tensor:
         """``tokens`` [B, N, C] of a convolutional network to what its own classifier sees [B, classes]."""

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mplug_core.generation import Decoding, generate
+from mplug_core.generation import Decoding, fresh_seeds, generate
 from mplug_core.model.decoder import Decoder, Reduce
 from mplug_core.objectives.prefix_language import counted, sequence_nll
 from mplug_core.recipe import SelfCriticalSection
@@ -98,10 +98,12 @@ def write_captions(
         decoding = Decoding(strategy="sample", top_p=1.0, temperature=settings.temperature, **shared)
         baseline = Decoding(strategy="greedy", **(shared | {"best": 1}))
 
+    seeds = fresh_seeds(len(memory), generator) if settings.variant == "sample" else None
+
     def search(decoding: Decoding) -> list[list[Ids]]:
         found = generate(
             decoder, memory.detach(), memory_mask, decoding,
-            start=start, end=end, forbidden=list(forbidden), generator=_on(memory.device, generator),
+            start=start, end=end, forbidden=list(forbidden), seeds=seeds,
         )  # fmt: skip
         return [[hypothesis.ids for hypothesis in row] for row in found]
 
@@ -155,11 +157,3 @@ def log_probabilities(
     # the last token predicts nothing
     scores = -sequence_nll(decoder(ids[:, :-1], memory, memory_mask), ids, mask, head=head)
     return scores.view(len(written), -1), lengths.view(len(written), -1)
-
-
-def _on(device: torch.device, generator: torch.Generator | None) -> torch.Generator | None:
-    """A generator of the device that goes on from one of the CPU."""
-    if generator is None or generator.device == device:
-        return generator
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return torch.Generator(device).manual_seed(seed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mplug_core.data.ahead import batches_ahead
 from mplug_core.data.text import clean_caption
-from mplug_core.errors import MplugError
+from mplug_core.errors import MplugError, NotFiniteError
 from mplug_core.model.mplug import ImageEncoding
 from mplug_core.search.store import Stamp, fingerprint, read_store, stamp_of, write_store
 from mplug_core.tasks.ranking import EncodedTexts, Rerank, encode_texts, match, order_by_match, to_cpu
@@ -90,7 +90,11 @@ def open_gallery(
             gallery.failed += [(name, error) for name, error in batch if isinstance(error, MplugError)]
             if good:
                 encoded = _encode(loaded, [pixels for _, pixels in good], keep_tokens=False)
-                fresh.update(zip((name for name, _ in good), encoded.feature.unbind(), strict=True))
+                for (name, _), feature in zip(good, encoded.feature.unbind(), strict=True):
+                    if feature.isfinite().all():
+                        fresh[name] = feature
+                    else:
+                        gallery.failed.append((name, NotFiniteError.of(f"the feature of {name}")))
             advance(len(batch))
             if len(fresh) >= SAVE_EVERY:
                 found.update(fresh)
@@ -122,7 +126,7 @@ def _known(stamps: dict[str, Stamp], key: str, dim: int, notes: list[str]) -> di
         if store.note:
             notes.append(store.note)
         for name in names:
-            feature = store.known.get((os.path.basename(name), stamps[name]))
+            feature = store.feature(os.path.basename(name), stamps[name])
             if feature is not None:
                 found[name] = feature
     return found
@@ -155,9 +159,12 @@ def find_images(
     """The ``top`` images of the gallery for each text, best first.
 
     With ``candidates`` the best by ITC, so many and at least ``top``, are read again and re-ranked by ITM. One that
-    can't be read any more is left out.
+    can't be read any more is left out. NotFiniteError for a text whose feature, or a pair whose match, is not a number.
     """
     texts = encode_texts(loaded, [clean_caption(query) for query in queries], keep_tokens=candidates > 0)
+    for query, feature in zip(queries, texts.feature, strict=True):
+        if not feature.isfinite().all():
+            raise NotFiniteError.of(f"the feature of {query!r}")
     similarity = texts.feature @ gallery.features.T
     count = min(max(top, candidates), len(gallery.names))
     best = _best(similarity, count)
@@ -170,7 +177,10 @@ def find_images(
         return [[] for _ in queries]
     left = readable[rows] >= 0
     pairs = torch.stack([readable[rows], torch.arange(len(queries))[:, None].expand_as(rows)], -1)[left]
-    matches = match(loaded, encoded, texts, pairs).split(left.sum(1).tolist())
+    logits = match(loaded, encoded, texts, pairs)
+    if not logits.isfinite().all():
+        raise NotFiniteError.of("the match of an image and a text")
+    matches = logits.split(left.sum(1).tolist())
     return [
         _ranked(numbers[kept], values[numbers[kept]], found, rerank)[:top]
         for numbers, kept, values, found in zip(best, left, similarity, matches, strict=True)

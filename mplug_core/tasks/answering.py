@@ -6,15 +6,16 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mplug_core.data.ahead import batches_ahead
-from mplug_core.errors import MplugError
+from mplug_core.errors import MplugError, NotFiniteError
 
 if TYPE_CHECKING:
     from mplug_core.data.pictures import Picture
@@ -25,6 +26,15 @@ R = TypeVar("R")
 
 # Pictures of the last requests that are not opened again; neighbours are often on one image.
 _KEPT_PICTURES = 8
+
+MOSTLY_UNKNOWN = 0.5
+"""Share of a text's pieces that are unknown to the vocabulary from which on an answer to it has no confidence."""
+
+
+def unknown_note(text: str, share: float) -> str:
+    """What to say of a text of which the vocabulary knows little or nothing."""
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"the vocabulary does not know {share:.0%} of the pieces of {shown!r}: what is said of it means little"
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ def answer_requests(
 ) -> Iterator[list[Answered[R]]]:
     """The answers to ``requests`` in their order, a batch as soon as it is computed.
 
-    ``read`` opens the image of a key; an MplugError that it raises is the result of all questions on it. ``batch_size``
+    ``read`` opens the image of a key; an MplugError that it raises is the result of all questions on it. A result that
+    is not a number is a NotFiniteError. ``batch_size``
     is how many images, and how many questions, are computed at once. An image is opened and encoded once for a request,
     for the requests of a batch, and for those that go on with it in the next batch.
     """
@@ -90,11 +101,31 @@ def _answer_batch(
             if not isinstance(pictures, MplugError):
                 places = tuple(rows[key] for key in request.images)
                 asked += [Asked(question, places, pictures) for question in request.questions]
-    results = iter([r for start in range(0, len(asked), size) for r in answer(images, asked[start : start + size])])
+    results = iter(
+        [_sound(r) for start in range(0, len(asked), size) for r in answer(images, asked[start : start + size])]
+    )
     return [
         Answered(request, [pictures if isinstance(pictures, MplugError) else next(results) for _ in request.questions])
         for request, pictures in batch
     ]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all numbers of a result are finite: those of its fields, its items, its tensors."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if is_dataclass(value):
+        return all(is_finite(getattr(value, part.name)) for part in fields(value))
+    if isinstance(value, dict):
+        return all(map(is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_finite, value))
+    # a tensor, which can't be asked for without torch
+    return bool(value.isfinite().all()) if hasattr(value, "isfinite") else True
+
+
+def _sound(result: R | MplugError) -> R | MplugError:
+    return result if isinstance(result, MplugError) or is_finite(result) else NotFiniteError.of("the answer")
 
 
 class _Opened:

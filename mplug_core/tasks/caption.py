@@ -19,14 +19,16 @@ from mplug_core.data.scenes import caption_correct, read_scenes
 from mplug_core.data.text import Tokenizer, clean_caption
 from mplug_core.errors import DataError
 from mplug_core.generation import Answer, Decoding, generate
-from mplug_core.metrics.caption import score_captions
+from mplug_core.metrics.caption import caption_measures
 from mplug_core.metrics.cider import Cider, Tokens, caption_tokens
+from mplug_core.metrics.intervals import Measure, mean
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.objectives.self_critical import self_critical
 from mplug_core.recipe import DataSpec
+from mplug_core.tasks.confidence import SHOWN
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Scored, Texts, need, rows
 
 
 def forbidden_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -36,33 +38,36 @@ def forbidden_tokens(tokenizer: Tokenizer) -> list[int]:
 
 @torch.inference_mode()
 def describe(
-    ready: Ready, images: ImageEncoding, decoding: Decoding, generator: torch.Generator | None = None
+    ready: Ready, images: ImageEncoding, decoding: Decoding, seeds: Sequence[int] | None = None
 ) -> list[list[Answer]]:
-    """The ``decoding.best`` captions of each image, best first."""
+    """The ``decoding.best`` captions of each image, best first; ``seeds`` as of :func:`generate`."""
     memory, mask = ready.model.memory(images)
-    return answers(ready, memory, mask, decoding, generator)
+    return answers(ready, memory, mask, decoding, seeds)
 
 
 def answers(
-    ready: Ready, memory: Tensor, mask: Tensor, decoding: Decoding, generator: torch.Generator | None = None
+    ready: Ready, memory: Tensor, mask: Tensor, decoding: Decoding, seeds: Sequence[int] | None = None
 ) -> list[list[Answer]]:
     """Texts generated from a memory."""
     tokenizer = ready.tokenizer
     need(ready.model.decoder is not None, "decoder")
     found = generate(
         ready.model.decoder, memory, mask, decoding, start=tokenizer.cls_id, end=tokenizer.sep_id,
-        forbidden=forbidden_tokens(tokenizer), generator=generator,
+        forbidden=forbidden_tokens(tokenizer), seeds=seeds,
     )  # fmt: skip
-    return [[Answer(tokenizer.decode(h.ids), h.score, h.confidence) for h in row] for row in found]
+    return [
+        [Answer(tokenizer.decode(h.ids), h.score, h.confidence, log_probability=h.log_probability) for h in row]
+        for row in found
+    ]
 
 
 def caption_images(
-    ready: Ready, pixels: Tensor, decoding: Decoding, generator: torch.Generator | None = None
+    ready: Ready, pixels: Tensor, decoding: Decoding, seeds: Sequence[int] | None = None
 ) -> list[list[Answer]]:
     """Captions of ``pixels`` [B, 3, S, S]."""
     with torch.inference_mode():
         images = ready.model.encode_image(pixels.to(ready.device, ready.dtype))
-    return describe(ready, images, decoding, generator)
+    return describe(ready, images, decoding, seeds)
 
 
 class CaptionTask:
@@ -71,6 +76,7 @@ class CaptionTask:
     name = "caption"
     objectives = ("caption", "self_critical")
     options = ("decoding",)
+    identifier, text = "image_id", ""
     decoding = Decoding(strategy="beam", beams=6, min_tokens=5, max_tokens=25, length_penalty=1.0, no_repeat=3)
 
     def __init__(self) -> None:
@@ -110,7 +116,7 @@ class CaptionTask:
         if context.wants("caption"):
             ids = block["target_ids"]
             losses["caption"] = sequence_loss(
-                model.decoder(ids[:, :-1], memory, mask), ids, block["target_mask"],
+                model.hidden(ids, block["target_mask"], memory, mask), ids, block["target_mask"],
                 head=model.decoder.logits, label_smoothing=context.label_smoothing,
             )  # fmt: skip
         if context.wants("self_critical"):
@@ -143,21 +149,29 @@ class CaptionTask:
             # the grammar of scenes repeats itself: "and a small" comes before every small object
             scenes = {"no_repeat": 0} if scene_graphs(records.source) else {}
             decoding = ready.decoding("caption", self.decoding).model_copy(update=scenes)
+        else:
+            decoding = decoding.within(ready.room, self.decoding)
         predictions = []
         for images, drawn in evaluation:
-            chosen = images[rows(drawn)]
-            for (_, record), found in zip(drawn, describe(ready, chosen, decoding), strict=True):
-                predictions.append((record, found[0]))
-        metrics, notes = scene_metrics(records.source, predictions), []
-        if metrics is None:
-            metrics, notes = compare_captions([(record, answer.text) for record, answer in predictions])
-        listed = [
-            {"image": str(r.image), "image_id": r.image_id, "caption": a.text, "score": round(a.score, 4)}
-            for r, a in predictions
-        ]
-        result = evaluation.result(self.name, records, metrics, listed)
-        result.notes += notes
-        return result
+            seeds = evaluation.seeds(decoding, options.seed, [row for (row,), _ in drawn])
+            found = describe(ready, images[rows(drawn)], decoding, seeds)
+            for (_, record), (best, *_) in evaluation.sound(drawn, found):
+                said = {"caption": best.text, "score": round(best.score, 4)}
+                said["confidence"] = round(best.confidence, SHOWN)
+                predictions.append(self.identity(record) | said | self.truth(record))
+        return evaluation.scored(self, records, predictions)
+
+    def identity(self, record: Any) -> dict[str, Any]:
+        return {"image": str(record.image), "image_id": record.image_id}
+
+    def truth(self, record: Any) -> dict[str, Any]:
+        return {"truth": list(record.captions)} if record.captions else {}
+
+    def score(self, records: Sequence[Any], predictions: Sequence[Mapping[str, Any]], source: Path) -> Scored:
+        """The share of right captions on scenes, elsewhere the metrics of :func:`compare_captions`."""
+        pairs = [(record, p["caption"]) for record, p in zip(records, predictions, strict=True)]
+        measures = scene_measures(source, pairs)
+        return compare_captions(pairs) if measures is None else (measures, [])
 
     def submission(self, predictions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Predictions of :meth:`evaluate` in COCO's results format: one caption an image, ids as numbers where they are
@@ -201,7 +215,7 @@ class CaptionReward:
         return (*tokens, *end) if ids and ids[-1] == self.tokenizer.sep_id else tokens
 
 
-def compare_captions(predictions: Sequence[tuple[Any, str]]) -> tuple[dict[str, float], list[str]]:
+def compare_captions(predictions: Sequence[tuple[Any, str]]) -> Scored:
     """Metrics of (record, caption) pairs, none where no record has a caption; and a line on each thing left out."""
     notes: list[str] = []
     # by number: images of different folders may have the same id
@@ -210,14 +224,14 @@ def compare_captions(predictions: Sequence[tuple[Any, str]]) -> tuple[dict[str, 
         notes.append(f"{len(predictions) - len(known)} images have no captions to compare with")
     if not known:
         return {}, notes
-    metrics = score_captions(
+    measures = caption_measures(
         {key: text for key, (_, text) in known.items()},
         {key: list(record.captions) for key, (record, _) in known.items()},
         note=notes.append,
         # NoCaps writes in-domain, near-domain, out-domain
         parts={key: record.domain.split("-")[0] for key, (record, _) in known.items() if record.domain},
     )
-    return metrics, notes
+    return measures, notes
 
 
 def scene_graphs(source: Path) -> Path | None:
@@ -226,11 +240,11 @@ def scene_graphs(source: Path) -> Path | None:
     return graphs if graphs.is_file() else None
 
 
-def scene_metrics(source: Path, predictions: Sequence[tuple[Any, Answer]]) -> dict[str, float] | None:
+def scene_measures(source: Path, predictions: Sequence[tuple[Any, str]]) -> dict[str, Measure] | None:
     """The share of captions that name exactly the objects of their scene, where there are scene graphs."""
     graphs = scene_graphs(source)
     if graphs is None:
         return None
     scenes = {path: scene for path, scene in read_scenes(graphs)}
-    right = [caption_correct(answer.text, scenes[record.image]) for record, answer in predictions]
-    return {"objects": sum(right) / max(len(right), 1)}
+    right = [caption_correct(text, scenes[record.image]) for record, text in predictions]
+    return {"objects": mean([record.image for record, _ in predictions], right)}

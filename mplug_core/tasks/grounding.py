@@ -11,22 +11,25 @@ possible (minimum Bayes risk, Kumar and Byrne 2004). ``draws=0`` decodes greedil
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mplug_core.data.batches import Block, Drawn
-from mplug_core.data.records import Records, read_phrases
+from mplug_core.data.records import PhraseRecord, Records, read_phrases
 from mplug_core.data.text import clean_question
-from mplug_core.metrics.grounding import score_boxes
+from mplug_core.metrics.calibration import calibration_measures
+from mplug_core.metrics.grounding import box_measures, right_boxes
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.box import bins_to_box, box_iou, box_to_bins, box_token_loss
 from mplug_core.recipe import DataSpec
+from mplug_core.tasks.confidence import SHOWN, Evidence, certainty, log_odds
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Scored, Texts, need, rows
 
 DRAWS = 32
 """Boxes drawn from the model for each phrase, of which the safest is the answer."""
@@ -42,6 +45,7 @@ class GroundingTask:
     name = "grounding"
     objectives = ("box",)
     options = ("draws",)
+    identifier, text = "phrase_id", "phrase"
     base, l1, giou = 1.0, 1.0, 1.0
 
     def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
@@ -70,23 +74,54 @@ class GroundingTask:
         return {"box": loss}
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
-        """Accuracy at IoU 0.5, and the mean IoU, of boxes in the picture."""
+        """Accuracy at IoU 0.5, the calibration error against it, and the mean IoU, of boxes in the picture."""
         records = self.read(spec)
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         draws = DRAWS if options.draws is None else options.draws
-        found, truth, predictions = [], [], []
+        predictions: list[dict[str, Any]] = []
+        evidence = Evidence("grounding")
         for images, drawn in evaluation:
             where = [images[0] for images, _ in drawn]
             boxes, confidences = find_boxes(ready, images, where, [record.phrase for _, record in drawn], draws)
-            for (_, record), row, box, confidence in zip(
-                drawn, where, boxes.tolist(), confidences.tolist(), strict=True
-            ):
-                found.append(evaluation.placements[row].to_picture(box))
-                truth.append(record.box)
-                shown = {"box": [round(v, 4) for v in found[-1]], "confidence": round(confidence, 4)}
-                predictions.append({"image": str(record.image), "phrase": record.phrase, **shown})
-        metrics = score_boxes(torch.tensor(found), torch.tensor(truth))
-        return evaluation.result(self.name, records, metrics, predictions)
+            found = zip(boxes.tolist(), confidences.tolist(), strict=True)
+            for ((row,), record), (box, confidence) in evaluation.sound(drawn, list(found)):
+                here = pixels(record, evaluation.as_stated(record, evaluation.placements[row].to_picture(box)))
+                said = {"box": here, "confidence": round(confidence, SHOWN)}
+                predictions.append(self.identity(record) | said | self.truth(record))
+                evidence.add(confidence, [log_odds("grounding", confidence)])
+        return evaluation.scored(self, records, predictions, evidence)
+
+    def identity(self, record: PhraseRecord) -> dict[str, Any]:
+        shown = {"phrase_id": record.phrase_id} if record.phrase_id else {}
+        return shown | {"image": str(record.image), "phrase": record.phrase, "size": list(record.size or (1, 1))}
+
+    def truth(self, record: PhraseRecord) -> dict[str, Any]:
+        return {"truth": pixels(record, record.box)} | ({"kind": record.kind} if record.kind else {})
+
+    def score(self, records: Sequence[PhraseRecord], predictions: Sequence[Mapping[str, Any]], source: Path) -> Scored:
+        images, kinds = [record.image for record in records], [record.kind for record in records]
+        sure, right = [prediction.get("confidence") for prediction in predictions], self.rightness(records, predictions)
+        measures = box_measures(*_in_shares(records, predictions), images, kinds)
+        return measures | calibration_measures(images, sure, right), []
+
+    def rightness(self, records: Sequence[PhraseRecord], predictions: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """Whether each box overlaps the true one by half."""
+        return right_boxes(*_in_shares(records, predictions))
+
+
+def _in_shares(records: Sequence[PhraseRecord], predictions: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """The boxes of predictions and those of their records, in shares of the pictures: [n, 4] each."""
+    sizes = torch.tensor([prediction["size"] * 2 for prediction in predictions], dtype=torch.double)
+    found = torch.tensor([prediction["box"] for prediction in predictions], dtype=torch.double) / sizes
+    return found, torch.tensor([record.box for record in records], dtype=torch.double)
+
+
+def pixels(record: PhraseRecord, box: Sequence[float]) -> list[float]:
+    """A box in shares of the picture in pixels of the size that the record's file states, to a hundredth; in shares
+    where it states none."""
+    if record.size is None:
+        return [round(value, 6) for value in box]
+    return [round(value * side, 2) for value, side in zip(box, record.size * 2, strict=True)]
 
 
 @torch.inference_mode()
@@ -97,8 +132,9 @@ def find_boxes(
 
     Returns:
         Corner boxes [n, 4] as shares of the model's square (:meth:`Placement.to_picture` makes them the picture's),
-        and confidences [n]: how probable the model thinks an overlap of a half, or without ``draws`` the geometric
-        mean of the tokens' probabilities. Both float32 on the CPU.
+        and confidences [n]: how probable an overlap of a half is, by the share of the drawn boxes that overlap so,
+        calibrated as the model says; or without ``draws`` the geometric mean of the tokens' probabilities, which is
+        not calibrated. Both float32 on the CPU, and NaN where the model computes what is not a number.
     """
     tokenizer, model = ready.tokenizer, ready.model
     need(model.decoder is not None, "decoder")
@@ -111,16 +147,20 @@ def find_boxes(
     bins, confidence = decode_bins(model, memory, memory_mask, box_ids, tokenizer.cls_id)
     # the middle of a bin is the best guess of what fell into it
     boxes = bins_to_box(bins, tokenizer.bins, 0.5).float()
+    spoiled = ~confidence.isfinite()
     if draws:
         drawn = draw_bins(model, memory, memory_mask, box_ids, tokenizer.cls_id, draws)
-        boxes, confidence = safest(boxes, bins_to_box(drawn, tokenizer.bins, 0.5).float())
-    return boxes.cpu(), confidence.float().cpu()
+        spoiled |= (drawn < 0).flatten(1).any(1)
+        boxes, share = safest(boxes, bins_to_box(drawn, tokenizer.bins, 0.5).float())
+        confidence = torch.tensor([certainty(ready.config, "grounding", value) for value in share.tolist()])
+    boxes, confidence, spoiled = boxes.cpu(), confidence.float().cpu(), spoiled.cpu()
+    return boxes.masked_fill(spoiled[:, None], torch.nan), confidence.masked_fill(spoiled, torch.nan)
 
 
 def draw_bins(
     model: MplugModel, memory: Tensor, memory_mask: Tensor, box_ids: Tensor, start: int, draws: int
 ) -> Tensor:
-    """Bins [n, ``draws``, 4] drawn from the model's distribution over box tokens.
+    """Bins [n, ``draws``, 4] drawn from the model's distribution over box tokens; -1 where that is not one of numbers.
 
     The draws are spread evenly over the probability of each token (a Latin hypercube) and are the same for every
     phrase, so that an answer does not depend on chance or on what else is in the batch.
@@ -135,7 +175,7 @@ def draw_bins(
         shares = model.decode(token, memory, memory_mask, cache)[:, -1, box_ids].float().softmax(-1)
         level = levels[step].repeat(len(memory))[:, None]
         drawn = (shares.cumsum(-1) < level).sum(-1).clamp(max=len(box_ids) - 1)
-        bins.append(drawn)
+        bins.append(drawn.masked_fill(shares[:, 0].isnan(), -1))
         token = box_ids[drawn][:, None]
     return torch.stack(bins, 1).view(len(memory), draws, 4)
 

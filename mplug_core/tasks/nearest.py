@@ -10,9 +10,10 @@ import time
 import torch
 
 from mplug_core.data.records import read_captions
+from mplug_core.metrics.intervals import values
 from mplug_core.recipe import DataSpec
-from mplug_core.tasks.caption import compare_captions
 from mplug_core.tasks.evaluation import Evaluation
+from mplug_core.tasks.registry import TASKS
 from mplug_core.tasks.task import EvaluateOptions, Ready, Result, rows
 
 
@@ -35,19 +36,17 @@ def nearest_captions(
         if record.image in places:
             similarity[row, places[record.image]] = -torch.inf
     chosen = [known[place] for place in similarity.argmax(1).tolist()]
-    predictions = [(record, found.captions[0]) for record, found in zip(asked, chosen, strict=True)]
-    metrics, notes = compare_captions(predictions)
+    task = TASKS["caption"]
     listed = [
-        {
-            "image": str(record.image),
-            "image_id": record.image_id,
-            "caption": found.captions[0],
-            "nearest": str(found.image),
-        }
+        task.identity(record) | {"caption": found.captions[0], "nearest": str(found.image)} | task.truth(record)
         for record, found in zip(asked, chosen, strict=True)
     ]
+    measures, notes = task.score(asked, listed, records.source)
     skipped += len(records.missing) + len(records.broken)
-    return Result("nearest", len(asked), skipped, metrics, time.perf_counter() - began, listed, notes)
+    seconds = time.perf_counter() - began
+    return Result(
+        "nearest", len(asked), skipped, values(measures), seconds, listed, notes, measures, asked, records.source
+    )
 
 
 def _features(ready: Ready, records: list, batch_size: int, limit: int | None = None) -> tuple[list, torch.Tensor, int]:

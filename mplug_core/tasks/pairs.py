@@ -29,7 +29,8 @@ def pair_losses(model: MplugModel, image: ImageEncoding, block: Block, context: 
     """``itc`` and ``itm``, those of them that have a weight.
 
     ``image``: the pairs' images, row by row. ``block``: ``image`` (rows of the batch's images), ``ids`` and ``mask``
-    [B, T], and ``group`` [B] of :func:`caption_groups`. Stand-ins for photos give no losses: they are made of the text.
+    [B, T], ``group`` [B] of :func:`caption_groups`, and maybe ``fused``, the rows that ITM takes. Stand-ins for photos
+    give no losses: they are made of the text.
 
     A batch without any valid negative (all pairs of one image, or a single pair) has an ITM loss of zero, which
     ``context.counts["itm_skipped"]`` counts.
@@ -88,6 +89,8 @@ def _matching(
         output.image_to_text, image_ids, context.generator,
         text_to_image=output.text_to_image, text_groups=block["group"],
     )  # fmt: skip
+    if "fused" in block:
+        negatives = HardNegatives(*(part[block["fused"]] for part in negatives))
     fused = fuse_triples(model, image, text, block, negatives)
     positive, wrong_text, wrong_image = model.matching_logits(fused).chunk(3)
     matching = matching_loss(positive, (wrong_text, wrong_image), negatives.valid)
@@ -98,9 +101,10 @@ def _matching(
 def fuse_triples(
     model: MplugModel, image: ImageEncoding, text: Tensor, block: Block, negatives: HardNegatives
 ) -> Tensor:
-    """Fused texts [3 B, T, W] of the pairs, of their images with wrong texts, and of wrong images with their texts: one
-    pass over what is encoded already."""
-    here = torch.arange(len(text), device=text.device)
+    """Fused texts [3 F, T, W] of the pairs (``fused`` of the block, or all), of their images with wrong texts, and of
+    wrong images with their texts: one pass over what is encoded already."""
+    here = block.get("fused")
+    here = torch.arange(len(text), device=text.device) if here is None else here
     which_image = torch.cat([here, here, negatives.image_of_text])
     which_text = torch.cat([here, negatives.text_of_image, here])
     return model.fuse(image[which_image], text[which_text], block["mask"][which_text])[1]

@@ -30,27 +30,28 @@ class PretrainTask:
         return read_captions(spec.path, spec.split, spec.format, spec.images, text_only)
 
     def encode(self, drawn: list[Drawn], rng: random.Random, texts: Texts) -> Block:
+        """``image`` [B], ``ids`` and ``mask`` [B, T] and ``group`` [B] of all pairs, which ITC compares; of F of them
+        (rows ``fused`` [F], or all) ``masked`` and ``labels`` [F, T] for MLM, and what PrefixSplit has."""
         captions = [clean_caption(rng.choice(record.captions)) for _, record in drawn]
         ids, mask = texts.encode(captions)
+        block = {"image": rows(drawn), "ids": ids, "mask": mask, "group": caption_groups(captions)}
+        if texts.fused_share < 1:
+            few = max(1, round(texts.fused_share * len(drawn)))
+            block["fused"] = torch.tensor(sorted(rng.sample(range(len(drawn)), few)))
+            ids, mask = ids[block["fused"]], mask[block["fused"]]
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         tokenizer = texts.tokenizer
         masked, labels = mask_tokens(
             ids, mask, tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids, generator
         )
         split = split_prefix(ids, mask, tokenizer.cls_id, tokenizer.sep_id, generator, tokenizer.pad_id)
-        return {
-            "image": rows(drawn),
-            "ids": ids,
-            "mask": mask,
-            "group": caption_groups(captions),
-            "masked": masked,
-            "labels": labels,
-            **split._asdict(),
-        }
+        return {**block, "masked": masked, "labels": labels, **split._asdict()}
 
     def losses(self, model: MplugModel, images: ImageEncoding, block: Block, context: Context) -> dict[str, Tensor]:
         image = images[block["image"]]
         losses = pair_losses(model, image, block, context)
+        if "fused" in block:
+            image = image[block["fused"]]
         if context.wants("mlm"):
             losses["mlm"] = self._masked(model, image, block, context)
         if context.wants("prefix_lm"):
@@ -59,13 +60,17 @@ class PretrainTask:
 
     def _masked(self, model: MplugModel, image: ImageEncoding, block: Block, context: Context) -> Tensor:
         labelled = block["labels"] != IGNORED
-        _, fused = model.fuse(image, model.encode_text(block["masked"], block["mask"]), block["mask"])
+        masked, mask = block["masked"], block["mask"]
+        if "fused" in block:
+            mask = mask[block["fused"]]
+        _, fused = model.fuse(image, model.encode_text(masked, mask), mask)
         hidden, taught, teacher_head = fused[labelled], None, None
         if context.teacher is not None and context.alpha > 0:
             with torch.no_grad(), context.autocast():
                 teacher = context.teacher.model
-                seen = context.teacher_images()[block["image"]]
-                _, fused = teacher.fuse(seen, teacher.encode_text(block["masked"], block["mask"]), block["mask"])
+                rows_seen = block["image"][block["fused"]] if "fused" in block else block["image"]
+                seen = context.teacher_images()[rows_seen]
+                _, fused = teacher.fuse(seen, teacher.encode_text(masked, mask), mask)
                 taught, teacher_head = fused[labelled], context.taught(teacher.masked_logits)
         return masked_language_loss(
             hidden, block["labels"][labelled], taught, context.alpha,
@@ -77,7 +82,7 @@ class PretrainTask:
         memory, memory_mask = model.memory(image, model.encode_text(prefix, mask), mask)
         ids = block["target_ids"]
         return sequence_loss(
-            model.decoder(ids[:, :-1], memory, memory_mask), ids, block["target_mask"],
+            model.hidden(ids, block["target_mask"], memory, memory_mask), ids, block["target_mask"],
             head=model.decoder.logits, label_smoothing=context.label_smoothing,
         )  # fmt: skip
 

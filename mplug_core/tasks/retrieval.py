@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from mplug_core.data.batches import Block, Drawn
 from mplug_core.data.records import Records, read_captions
 from mplug_core.data.text import clean_caption
-from mplug_core.errors import DataError
-from mplug_core.metrics.retrieval import first_ranks, recalls
+from mplug_core.errors import DataError, NotFiniteError
+from mplug_core.metrics.retrieval import first_ranks, found_at, recall_measures
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import scene_graphs
@@ -30,7 +31,7 @@ from mplug_core.tasks.ranking import (
     order_by_match,
     to_cpu,
 )
-from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Scored, Texts, need, rows
 
 SHOWN = 10
 """How many of the best a prediction lists."""
@@ -45,6 +46,7 @@ class RetrievalTask:
     name = "retrieval"
     objectives = ("itc", "itm")
     options = ("candidates", "rerank")
+    identifier, text = "", ""
 
     def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
         return read_captions(spec.path, spec.split, spec.format, spec.images, text_only)
@@ -68,7 +70,8 @@ class RetrievalTask:
 
         Every caption of an image is right for it, and that image alone for its caption, as in the benchmarks. Only of
         generated scenes, whose grammar says the same of many, a caption is right for every image that has it word for
-        word. Predictions have a line a query, images first, with its ten best and the place of the first right one.
+        word. Predictions have a line a query, images first, with its ten best and the place of the first right one; the
+        ``truth`` of a caption begins with its own image.
         """
         candidates = default_candidates(ready) if options.candidates is None else options.candidates
         need(not candidates or ready.model.matching_head is not None, "matching head")
@@ -77,7 +80,10 @@ class RetrievalTask:
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
         parts, kept = [], []
         for encoded, drawn in evaluation:
-            parts.append(to_cpu(encoded[rows(drawn).to(ready.device)], keep_tokens=candidates > 0))
+            features = encoded.feature[rows(drawn).to(ready.device)]
+            drawn = [pair for pair, _ in evaluation.sound(drawn, features.unbind())]
+            if drawn:
+                parts.append(to_cpu(encoded[rows(drawn).to(ready.device)], keep_tokens=candidates > 0))
             kept += [record for _, record in drawn]
         images = ImageEncoding.join(parts)
         shown = [text for record in kept for text in record.captions]
@@ -88,24 +94,51 @@ class RetrievalTask:
             cleaned, [len(record.captions) for record in kept], by_words=scene_graphs(records.source) is not None
         )
         texts = encode_texts(ready, cleaned, keep_tokens=candidates > 0)
+        if not texts.feature.isfinite().all():
+            raise NotFiniteError.of("the feature of a caption")
         i2t_best = nearest(images.feature, texts.feature, min(candidates, len(texts)))
         t2i_best = nearest(texts.feature, images.feature, min(candidates, len(images)))
         i2t_match, t2i_match = match_both_ways(ready, images, texts, i2t_best, t2i_best)
+        if not (i2t_match.isfinite().all() and t2i_match.isfinite().all()):
+            raise NotFiniteError.of("the match of an image and a caption")
 
         names = [str(record.image) for record in kept]
         i2t, i2t_top, i2t_scores = rank(images.feature, texts.feature, i2t_best, i2t_match, right_texts, options.rerank)
         t2i, t2i_top, t2i_scores = rank(
             texts.feature, images.feature, t2i_best, t2i_match, right_images, options.rerank
         )
+        owners = [image for image, record in enumerate(kept) for _ in record.captions]
         predictions = [
-            {"image": name, "rank": place, "texts": [shown[i] for i in top], "scores": scores}
-            for name, place, top, scores in zip(names, i2t.tolist(), i2t_top, i2t_scores, strict=True)
-        ] + [
-            {"text": text, "rank": place, "images": [names[i] for i in top], "scores": scores}
-            for text, place, top, scores in zip(shown, t2i.tolist(), t2i_top, t2i_scores, strict=True)
+            self.identity(record)
+            | {"rank": place, "texts": [shown[i] for i in top], "scores": scores}
+            | self.truth(record)
+            for record, place, top, scores in zip(kept, i2t.tolist(), i2t_top, i2t_scores, strict=True)
         ]
+        for text, place, top, scores, owner, right in zip(
+            shown, t2i.tolist(), t2i_top, t2i_scores, owners, right_images, strict=True
+        ):
+            truth = [names[owner], *(names[i] for i in right if i != owner)]
+            found = {"rank": place, "images": [names[i] for i in top], "scores": scores}
+            predictions.append({"text": text} | found | {"truth": truth})
         evaluation.seconds = time.perf_counter() - began  # matching, too
-        return evaluation.result(self.name, records, recalls(i2t, t2i), predictions)
+        return evaluation.scored(self, records, predictions)
+
+    def identity(self, record: Any) -> dict[str, Any]:
+        return {"image": str(record.image)}
+
+    def truth(self, record: Any) -> dict[str, Any]:
+        return {"truth": list(record.captions)}
+
+    def score(self, records: Sequence[Any], predictions: Sequence[Mapping[str, Any]], source: Path) -> Scored:
+        """Of predictions a line for each image, and then a line for each of their captions."""
+        ranks = [prediction["rank"] for prediction in predictions]
+        i2t, t2i = found_at(ranks[: len(records)]), found_at(ranks[len(records) :])
+        return recall_measures(i2t, t2i, *owners_of(records)), []
+
+
+def owners_of(records: Sequence[Any]) -> tuple[list[Hashable], list[Hashable]]:
+    """The images, and the image of each of their captions."""
+    return [record.image for record in records], [record.image for record in records for _ in record.captions]
 
 
 def right_answers(

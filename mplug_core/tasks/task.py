@@ -7,9 +7,10 @@ The trainer, the evaluator and the command line know only this. A task is one fi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -17,13 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mplug_core.data.batches import Block, Drawn
-from mplug_core.data.text import Tokenizer, pad
+from mplug_core.data.text import Tokenizer, clean_question, pad
 from mplug_core.errors import CheckpointError
-from mplug_core.generation import Decoding
+from mplug_core.generation import Decoding, room_of
+from mplug_core.limits import MOST_AT_ONCE
+from mplug_core.metrics.intervals import Interval, Measure, intervals
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.recipe import DataSpec, SelfCriticalSection
+from mplug_core.tasks.confidence import Evidence
 
 
 @dataclass
@@ -31,13 +35,14 @@ class Texts:
     """How texts become ids: the tokenizer and the longest text, special tokens included.
 
     ``answers`` is how many answers of a question are trained on (None: all). ``end``: texts that are read end with
-    [SEP], as ``model.text_end`` says.
+    [SEP], as ``model.text_end`` says. ``fused_share``: of the pairs of a batch, those that are fused.
     """
 
     tokenizer: Tokenizer
     max_length: int
     answers: int | None = None
     end: bool = True
+    fused_share: float = 1.0
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``[CLS] text [SEP]`` ids and mask [B, T]: of what is written."""
@@ -73,6 +78,16 @@ class Ready:
         """How this model writes: ``default`` with what its configuration says for the task."""
         return own_decoding(self.config, task, default)
 
+    def unknown_share(self, text: str) -> float:
+        """The share of a text's pieces that the model can't know, punctuation left out; see :data:`MOSTLY_UNKNOWN`."""
+        return self.tokenizer.unknown_share(clean_question(text))
+
+    @property
+    def room(self) -> int:
+        """How many tokens its decoder can write. CheckpointError without one."""
+        need(self.model.decoder is not None, "decoder")
+        return room_of(self.model.decoder)
+
     @property
     def device(self) -> torch.device:
         return self.model.temperature.device
@@ -95,8 +110,6 @@ class Context:
     alpha: float = 0.0
     label_smoothing: float = 0.0
     weights: dict[str, float] = field(default_factory=dict)
-    source_weight: float = 1.0
-    grid_dropout: float = 0.0
     teacher: Teacher | None = None
     teacher_images: Callable[[], ImageEncoding] | None = None
     queue: FeatureQueue | None = None
@@ -129,7 +142,12 @@ class Context:
 @dataclass
 class Result:
     """An evaluation: examples answered, examples skipped, metrics by name, seconds, what was predicted, and notes: a
-    line each on what the metrics leave out."""
+    line each on what the metrics leave out.
+
+    ``measures`` are the metrics as sums, of which intervals are made; ``records`` those that were answered, read from
+    ``source``; ``evidence`` is what a calibration can be fitted on, of tasks that have one; ``not_finite`` is how many
+    of the skipped have an answer that is not a number.
+    """
 
     task: str
     n: int
@@ -138,6 +156,16 @@ class Result:
     seconds: float
     predictions: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    records: list[Any] = field(default_factory=list)
+    source: Path = Path()
+    evidence: Evidence | None = None
+    not_finite: int = 0
+
+    def intervals(self) -> dict[str, Interval]:
+        """The 95 % interval of each metric, by a bootstrap over images."""
+        found = intervals(self.measures)
+        return {name: found[name] for name in self.metrics if name in found}
 
 
 class EvaluateOptions(BaseModel):
@@ -146,26 +174,40 @@ class EvaluateOptions(BaseModel):
 
     ``decoding`` replaces the task's own; ``answers`` are candidates to rank instead of generating; ``candidates`` is
     how many of the best by ITC are re-ranked by ITM (0: none), with the score that ``rerank`` names; ``draws`` is how
-    many boxes are drawn of which the safest is the answer (0: greedy).
+    many boxes are drawn of which the safest is the answer (0: greedy). A ``decoding`` that draws has draws by the
+    ``seed``, the image and the question.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     limit: Annotated[int, Field(gt=0)] | None = None
-    batch_size: Annotated[int, Field(gt=0)] = 32
+    batch_size: Annotated[int, Field(gt=0, le=MOST_AT_ONCE)] = 32
     decoding: Decoding | None = None
     answers: tuple[str, ...] | None = None
     candidates: Annotated[int, Field(ge=0)] | None = None
     rerank: Literal["itm", "itm+itc"] = "itm"
-    draws: Annotated[int, Field(ge=0)] | None = None
+    draws: Annotated[int, Field(ge=0, le=MOST_AT_ONCE)] | None = None
+    seed: int = 0
+
+
+Scored = tuple[dict[str, Measure], list[str]]
+"""Metrics as sums, and a line on each thing that they leave out."""
 
 
 class Task(Protocol):
-    """What a task file offers."""
+    """What a task file offers.
+
+    ``identifier`` and ``text`` are the fields of a prediction that tell its record from others: its id, and beside the
+    image what is asked about it; empty where there is none.
+    A task whose answers are right or wrong also has ``rightness(records, predictions)``: of each prediction how right
+    it is, a bool or 0 .. 1, None where the truth is hidden.
+    """
 
     name: str
     objectives: tuple[str, ...]
     options: tuple[str, ...]
+    identifier: str
+    text: str
 
     def read(self, spec: DataSpec, text_only: bool = False) -> Any:
         """The task's :class:`~mplug_core.data.records.Records`."""
@@ -178,6 +220,27 @@ class Task(Protocol):
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
         """Answer every record and score the answers."""
+
+    def identity(self, record: Any) -> dict[str, Any]:
+        """The fields of a prediction that say which record it answers."""
+
+    def truth(self, record: Any) -> dict[str, Any]:
+        """``truth``, the right answer in the form of the task's answers, left out where it is hidden; and ``kind``."""
+
+    def score(self, records: Sequence[Any], predictions: Sequence[Mapping[str, Any]], source: Path) -> Scored:
+        """The metrics of predictions, one for each of ``records`` in their order, which were read from ``source``."""
+
+
+def mark_right(task: Any, records: Sequence[Any], predictions: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Say in each prediction how ``right`` it is, and return it; nothing of a task that has no such thing."""
+    if not hasattr(task, "rightness"):
+        return []
+    found = task.rightness(records, predictions)
+    for prediction, right in zip(predictions, found, strict=True):
+        prediction.pop("right", None)
+        if right is not None:
+            prediction["right"] = right
+    return found
 
 
 def need(part: object, name: str) -> None:

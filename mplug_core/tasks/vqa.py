@@ -7,8 +7,11 @@ A question is trained on all of its answers, each with its share of the annotato
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
+from math import exp
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +23,16 @@ from mplug_core.data.records import QuestionRecord, Records, read_questions
 from mplug_core.data.text import clean_question
 from mplug_core.errors import DataError
 from mplug_core.generation import Decoding, rank
-from mplug_core.metrics.vqa import score_answers
+from mplug_core.metrics.calibration import calibration_measures
+from mplug_core.metrics.intervals import clusters_of
+from mplug_core.metrics.vqa import accuracy, answer_measures
 from mplug_core.model.mplug import ImageEncoding, MplugModel
 from mplug_core.objectives.prefix_language import sequence_loss
 from mplug_core.recipe import DataSpec
 from mplug_core.tasks.caption import Answer, answers
+from mplug_core.tasks.confidence import SHOWN, Evidence, certainty, log_odds, shares
 from mplug_core.tasks.evaluation import Evaluation
-from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Texts, need, rows
+from mplug_core.tasks.task import Context, EvaluateOptions, Ready, Result, Scored, Texts, need, rows
 
 QUESTIONS_AT_ONCE = 128
 """Most questions that are fused and answered together, however many an image has."""
@@ -41,6 +47,7 @@ class VqaTask:
     name = "vqa"
     objectives = ("answer",)
     options = ("decoding", "answers")
+    identifier, text = "question_id", "question"
     decoding = Decoding(strategy="greedy", min_tokens=1, max_tokens=10)
 
     def read(self, spec: DataSpec, text_only: bool = False) -> Records[Any]:
@@ -90,25 +97,54 @@ class VqaTask:
         return decode_answers(model, memory, mask, block["target_ids"][:, :-1], block["question"])
 
     def evaluate(self, ready: Ready, spec: DataSpec, options: EvaluateOptions = EvaluateOptions()) -> Result:
-        """Accuracies of :func:`mplug_core.metrics.vqa.score_answers`. Answers are generated, or with
-        ``options.answers`` chosen from that list. Questions without a known answer are answered, not scored."""
+        """Accuracies of :func:`mplug_core.metrics.vqa.score_answers`, and the calibration error against them. Answers
+        are generated, or with ``options.answers`` chosen from that list. Questions without a known answer are answered,
+        not scored."""
         records = self.read(spec)
         evaluation = Evaluation(ready, records.records, options.batch_size, options.limit)
-        answered: list[tuple[str, QuestionRecord]] = []
-        decoding = options.decoding or ready.decoding("vqa", self.decoding)
+        predictions: list[dict[str, Any]] = []
+        evidence = Evidence("vqa" if options.answers is None else "choices")
+        decoding = options.decoding and options.decoding.within(ready.room, self.decoding)
+        decoding = decoding or ready.decoding("vqa", self.decoding)
         for images, drawn in evaluation:
             places, asked = [place for (place,), _ in drawn], [record.question for _, record in drawn]
             if options.answers is None:
-                found = answer_questions(ready, images, places, asked, decoding)
+                seeds = evaluation.seeds(decoding, options.seed, places, asked)
+                found = answer_questions(ready, images, places, asked, decoding, seeds)
             else:
                 found = rank_answers(ready, images, places, asked, options.answers)
-            answered += [(row[0].text, record) for row, (_, record) in zip(found, drawn, strict=True)]
-        metrics = score_answers(*zip(*answered, strict=True))
-        predictions = [
-            {"question_id": r.question_id, "image": str(r.image), "question": r.question, "answer": answer}
-            for answer, r in answered
-        ]
-        return evaluation.result(self.name, records, metrics, predictions)
+            for (_, record), row in evaluation.sound(drawn, found):
+                best = row[0]
+                said = {"answer": best.text, "confidence": round(best.confidence, SHOWN)}
+                predictions.append(self.identity(record) | said | self.truth(record))
+                alone = options.answers is None
+                evidence.add(
+                    best.confidence,
+                    [log_odds("vqa", exp(best.log_probability))] if alone else [a.log_probability for a in row],
+                )
+        return evaluation.scored(self, records, predictions, evidence)
+
+    def identity(self, record: QuestionRecord) -> dict[str, Any]:
+        return {"question_id": record.question_id, "image": str(record.image), "question": record.question}
+
+    def truth(self, record: QuestionRecord) -> dict[str, Any]:
+        """All known answers, the most frequent first; ``together`` where they are one set."""
+        order = sorted(zip(record.weights, record.answers, strict=True), key=lambda pair: -pair[0])
+        known = {"truth": [answer for _, answer in order]} if order else {}
+        return known | ({"together": True} if record.together else {}) | ({"kind": record.kind} if record.kind else {})
+
+    def score(
+        self, records: Sequence[QuestionRecord], predictions: Sequence[Mapping[str, Any]], source: Path
+    ) -> Scored:
+        measures = answer_measures([prediction["answer"] for prediction in predictions], records)
+        sure, right = [p.get("confidence") for p in predictions], self.rightness(records, predictions)
+        return measures | calibration_measures(clusters_of([record.image for record in records]), sure, right), []
+
+    def rightness(
+        self, records: Sequence[QuestionRecord], predictions: Sequence[Mapping[str, Any]]
+    ) -> list[float | None]:
+        """The accuracy of each answer."""
+        return [accuracy(p["answer"], record) for record, p in zip(records, predictions, strict=True)]
 
     def submission(self, predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Predictions of :meth:`evaluate` as the VQA evaluation server takes them. DataError for an id that is no
@@ -161,15 +197,22 @@ def answer_questions(
     rows: Sequence[int],
     questions: Sequence[str],
     decoding: Decoding,
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[Answer]]:
     """The ``decoding.best`` answers to each question, best first; ``rows`` are the rows of ``images`` they are about.
 
-    An image is encoded once however many questions it has.
+    An image is encoded once however many questions it has. Confidences are calibrated as the model says. ``seeds`` are
+    those of the questions, see :func:`~mplug_core.generation.generate`.
     """
-    return _in_parts(
-        ready, images, rows, questions, lambda memory, mask: answers(ready, memory, mask, decoding, generator)
-    )
+
+    def write(memory: Tensor, mask: Tensor, chosen: Sequence[int]) -> list[list[Answer]]:
+        own = None if seeds is None else [seeds[question] for question in chosen]
+        return [
+            [replace(a, confidence=certainty(ready.config, "vqa", exp(a.log_probability), a.confidence)) for a in row]
+            for row in answers(ready, memory, mask, decoding, own)
+        ]
+
+    return _in_parts(ready, images, rows, questions, write)
 
 
 def rank_answers(
@@ -178,20 +221,23 @@ def rank_answers(
     """For each question the given answers, the likeliest first: all, or of a long list the best
     :data:`RANKED_FURTHER`.
 
-    An answer's score is its log-likelihood, its confidence the probability among those that are listed. DataError for
-    an empty list.
+    An answer's score is its log-likelihood, its confidence the probability among those that are listed, calibrated as
+    the model says. DataError for an empty list.
     """
     listed = list(dict.fromkeys(answers))
     if not listed:
         raise DataError("no answers to choose from", "give at least one")
     ids, mask = (tensor.to(ready.device) for tensor in ready.texts.encode(listed))
 
-    def choose(memory: Tensor, memory_mask: Tensor) -> list[list[Answer]]:
+    def choose(memory: Tensor, memory_mask: Tensor, _: Sequence[int]) -> list[list[Answer]]:
         need(ready.model.decoder is not None, "decoder")
         ranking = rank(ready.model.decoder, memory, memory_mask, ids, mask, first=RANKED_FURTHER)
-        shares = ranking.log_likelihood.softmax(-1)
-        columns = (tensor.tolist() for tensor in (ranking.candidates, ranking.log_likelihood, shares))
-        return [[Answer(listed[i], *pair) for i, *pair in zip(*row, strict=True)] for row in zip(*columns, strict=True)]
+        confidence = shares(ready.config, "choices", ranking.log_likelihood)
+        columns = (tensor.tolist() for tensor in (ranking.candidates, ranking.log_likelihood, confidence))
+        return [
+            [Answer(listed[i], score, sure, log_probability=score) for i, score, sure in zip(*row, strict=True)]
+            for row in zip(*columns, strict=True)
+        ]
 
     return _in_parts(ready, images, rows, questions, choose)
 
@@ -202,9 +248,10 @@ def _in_parts(
     images: ImageEncoding,
     rows: Sequence[int],
     questions: Sequence[str],
-    answer: Callable[[Tensor, Tensor], list[list[Answer]]],
+    answer: Callable[[Tensor, Tensor, Sequence[int]], list[list[Answer]]],
 ) -> list[list[Answer]]:
-    """``answer`` of the memory and mask of so many questions at a time, in the order of ``questions``.
+    """``answer`` of the memory and mask of so many questions at a time and their numbers, in the order of
+    ``questions``.
 
     Questions on the same image are fused together, those of like length next to each other.
     """
@@ -228,7 +275,7 @@ def _in_parts(
         longest = max(memory.shape[1] for memory in memories)
         memory = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in memories])
         memory_mask = torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in masks])
-        found.update(zip(chosen, answer(memory, memory_mask), strict=True))
+        found.update(zip(chosen, answer(memory, memory_mask, chosen), strict=True))
     return [found[question] for question in range(len(questions))]
 
 

@@ -14,7 +14,6 @@ A run folder's ``checkpoints/step-00000123/`` holds, all of it tensors or JSON a
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -26,14 +25,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.atomic import copy_folder, replace_text, sweep, sync_file, sync_folder, whole_folder
+from mplug_core.bounded import read_json
+from mplug_core.errors import CheckpointError, Diverged, MplugError
+from mplug_core.json_text import to_json
 from mplug_core.training.agreement import together
 from mplug_core.training.distributed import ALONE, World
-from mplug_core.weights.durable import copy_folder, replace_folder, replace_text, sync_file, sync_folder
+from mplug_core.training.engine_state import KEYS, is_finite
 from mplug_core.weights.tensor_files import TensorFiles, write_tensors
 
 FORMAT = 2
+FINITE = "finite"
+"""Says in ``meta.json`` that all weights and optimizer states are finite."""
 POINTER = "latest"
+LEFT = (".step-*", ".old-step-*", f".{POINTER}-*.new", f".{POINTER}.new")
+"""What kills leave beside checkpoints."""
 MANIFEST, META, PARTS = "manifest.json", "meta.json", "parts.safetensors"
 ANEW = "--resume never starts anew"
 OLDER = ("state.pt", "plain.pt", "engine")
@@ -67,7 +73,8 @@ def write_checkpoint(
     Every process calls this. ``write`` writes a process's files into a folder; where it meets the other processes, an
     OSError must come after the last meeting. ``need``: bytes that all of them will take.
 
-    Raises MplugError, on all processes, where the disk doesn't take it; nothing that was there before has then gone.
+    Raises MplugError, on all processes, where the disk doesn't take it, and Diverged from ``write``; nothing that was
+    there before has then gone.
     """
     root = checkpoint_folder(run)
     beside, folder = root / f".{name}", root / name
@@ -81,8 +88,8 @@ def write_checkpoint(
         with together(world), _disk_errors(name, root):
             write(beside)
             if world.is_first:
-                full = {**meta, "format": FORMAT, "world": world.size, "written": time.time()}
-                (beside / META).write_text(json.dumps(full, indent=1), encoding="utf-8")
+                full = {**meta, "format": FORMAT, "world": world.size, "written": time.time(), FINITE: True}
+                (beside / META).write_text(to_json(full, indent=1), encoding="utf-8")
         found: list[str] | None = None
         with together(world), _disk_errors(name, root):
             if world.is_first:
@@ -108,11 +115,16 @@ def publish_model(run: Path, checkpoint: Path, world: World) -> None:
     """
     with together(world), _disk_errors(checkpoint.name, checkpoint.parent):
         if world.is_first:
-            for left in [*run.glob(".model-*"), *run.glob(".best-*")]:  # of kills
-                shutil.rmtree(left, ignore_errors=True)
-            beside = run / ".model-new"
-            copy_folder(checkpoint / "model", beside)
-            replace_folder(beside, run / "model")
+            sweep(run / "best")
+            with whole_folder(run / "model") as beside:
+                copy_folder(checkpoint / "model", beside)
+
+
+def sweep_checkpoints(run: Path) -> None:
+    """Remove what kills have left half written or half removed. Only where no other process writes in the run."""
+    _sweep(checkpoint_folder(run))
+    for left in run.glob(".model-new*"):  # of earlier versions
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _files_of(folder: Path) -> list[str]:
@@ -128,7 +140,7 @@ def _sealed(file: Path) -> dict[str, Any]:
 def _publish(root: Path, beside: Path, folder: Path, sealed: Mapping[str, Any]) -> None:
     """Give a complete folder its name, and only then have the pointer name it."""
     manifest = {"format": FORMAT, "files": dict(sorted(sealed.items()))}
-    (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (beside / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
     sync_file(beside / MANIFEST)
     for inner in [path for path in beside.rglob("*") if path.is_dir()]:
         sync_folder(inner)
@@ -156,8 +168,7 @@ def _put_away(folder: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what kills have left half written or half removed."""
-    for path in root.glob(".*"):
+    for path in [path for pattern in LEFT for path in root.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -219,8 +230,8 @@ def written_checkpoints(root: Path) -> list[Path]:
 
 def _written(folder: Path) -> float:
     try:
-        return float(json.loads((folder / META).read_text(encoding="utf-8"))["written"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(read_json(folder / META)["written"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 0.0
 
 
@@ -295,22 +306,42 @@ def find_fault(folder: Path, world: World) -> str | None:
 
 def _fault_in_share(folder: Path, world: World) -> str | None:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not (folder / MANIFEST).exists():
+            if any((folder / name).exists() for name in OLDER):
+                return "it is of an earlier version, whose checkpoints can't be resumed (start.model takes its model)"
+            return f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
+        manifest = read_json(folder / MANIFEST)
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         version = int(manifest["format"])
-    except FileNotFoundError:
-        if any((folder / name).exists() for name in OLDER):
-            return "it is of an earlier version, whose checkpoints can't be resumed (start.model takes its model)"
-        return f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return f"{MANIFEST} is damaged"
     if version != FORMAT:
         return f"it has format {version}, this version reads {FORMAT}"
     if META not in files or not any(name.startswith("engine-") for name in files):
         return f"{MANIFEST} is incomplete"
+    checked = _said_finite(folder)
     for name, (size, digest) in sorted(files.items())[world.rank :: world.size]:
-        if fault := _fault_of_file(folder, name, size, digest):
+        fault = _fault_of_file(folder, name, size, digest)
+        if fault is None and not checked and name.startswith("engine-"):
+            fault = _not_finite(folder / name)
+        if fault is not None:
             return fault
+    return None
+
+
+def _said_finite(folder: Path) -> bool:
+    """Whether a checkpoint's numbers were looked at when it was written; earlier versions didn't."""
+    try:
+        return read_json(folder / META)[FINITE] is True
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _not_finite(file: Path) -> str | None:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            if name.partition("/")[0] in KEYS and not is_finite(tensors.get_tensor(name)):
+                return f"{name} is not finite"
     return None
 
 
@@ -339,15 +370,19 @@ def _fault_of_file(folder: Path, name: str, size: int, digest: str) -> str | Non
 def read_meta(folder: Path) -> dict[str, Any]:
     """``meta.json`` of a checkpoint that was found sound; CheckpointError where it isn't one."""
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = read_json(folder / META)
         int(meta["world"]), int(meta["accumulate"]), int(meta["pieces"]), dict(meta["progress"]), dict(meta["recipe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"cannot read {folder / META}: {error}", ANEW) from error
     return meta
 
 
 def save_parts(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Write the states of modules by name (None: there is no such part)."""
+    """Write the states of modules by name (None: there is no such part). Diverged for their weights."""
+    for part, module in parts.items():
+        for name, weight in module.named_parameters() if module is not None else ():
+            if not is_finite(weight):
+                raise Diverged(f"the weight {name} of the {part} is not finite")
     write_tensors(folder / PARTS, dict(part_tensors(parts)))
 
 

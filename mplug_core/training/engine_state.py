@@ -15,13 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mplug_core.errors import CheckpointError
+from mplug_core.errors import CheckpointError, Diverged
 from mplug_core.training.agreement import together
 from mplug_core.training.distributed import World
 from mplug_core.weights.tensor_files import Entry, TensorFile, TensorFiles, size_of
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 KEYS = ("master", *AVERAGES)
+LARGEST = torch.finfo(torch.bfloat16).max
+"""Of a weight: models are exported in bf16."""
 CHUNK = 64
 """Parameters that are read, and gathered where they are sharded, at a time."""
 
@@ -218,13 +220,23 @@ def state_bytes(engine: HasState) -> int:
     return sum(size_of(entry) for entries in entries_of(engine) for entry in entries.values())
 
 
+def is_finite(value: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, also when they are rounded to bf16."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value.detach())
+    return float(low) >= -LARGEST and float(high) <= LARGEST
+
+
 def save_state(engine: HasState, folder: Path) -> None:
-    """Write this process's file. A meeting of all processes, at the end of which an OSError of this one is raised."""
+    """Write this process's file. A meeting of all processes, at the end of which an OSError of this one is raised, or
+    Diverged for the weights and averages in its file."""
     trained, others = named_parts(engine)
     files = entries_of(engine)
     mine, rank = files[engine.world.rank], engine.world.rank
     out: TensorFile | None = None
     failed: Exception | None = None
+    unsound: Diverged | None = None
     try:
         out = TensorFile(folder / f"engine-{rank:05d}-of-{len(files):05d}.safetensors", mine)
     except OSError as error:
@@ -240,6 +252,9 @@ def save_state(engine: HasState, folder: Path) -> None:
                 out.add(full_name, value.to(everything[full_name][0]).reshape(everything[full_name][1]))
             except OSError as error:  # the others go on, and so does this process, to be met by them
                 failed = error
+        weight = name in trained or isinstance(others.get(name), nn.Parameter)
+        if full_name in mine and weight and unsound is None and not is_finite(value):
+            unsound = Diverged(f"{'the optimizer state' if key in AVERAGES else 'the weight'} {name} is not finite")
         del value
     try:
         if failed is None:
@@ -250,6 +265,8 @@ def save_state(engine: HasState, folder: Path) -> None:
         if out is not None:
             out.abandon()
         raise failed
+    if unsound is not None:
+        raise unsound
 
 
 def _value(engine: HasState, key: str, trained: nn.Parameter | None, other: Tensor | None) -> Tensor:

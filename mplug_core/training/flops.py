@@ -18,6 +18,7 @@ from mplug_core.device import multiplies_bf16
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.recipe import Recipe, StageSection
+from mplug_core.training.merging import merge
 from mplug_core.training.tracing import ShapeMode, Trace, fused_attention
 from mplug_core.training.workload import Workbench, build_parts
 
@@ -56,7 +57,8 @@ def trace_step(
     recipe, dtype = bench.recipe, compute_type(bench.recipe)
     wanted = dict(objectives or bench.objectives_of(stage))
     mode = ShapeMode(bench.seen)
-    batches = [bench.unread(name).batch(size) for name, size in sizes.items()]
+    drawn = [bench.unread(name, stage).batch(size) for name, size in sizes.items()]
+    batches = merge(drawn, list(recipe.data.sources))
     with hollow():
         parts = build_parts(bench, stage, wanted)
     mode.empty_like_module(parts.step, dtype)
@@ -144,7 +146,7 @@ def _counted(
         alike = bench.likeness(name)
         if alike not in found:
             size = min(section.batch_size, TRACED_IMAGES)
-            batch = bench.unread(name).batch(size)
+            batch = bench.unread(name, stage).batch(size)
             trace = trace_step(bench, stage, {name: size}, objectives=objectives)
             found[alike] = {kind: count / len(batch.image_ids) for kind, count in trace.flops.items()}
         for kind, count in found[alike].items():

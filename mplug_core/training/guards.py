@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from mplug_core.errors import DataError
@@ -98,8 +98,9 @@ class StallWatch:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             last = self._last
             if last is not None and time.monotonic() - last > self.seconds:
-                sys.stderr.write(
-                    f"error: no step after {self.step} for {self.seconds:.0f} seconds ({self.last_words})\n"
-                )
-                sys.stderr.flush()
+                with suppress(AttributeError, OSError):  # none, or one that can't be written
+                    sys.stderr.write(
+                        f"error: no step after {self.step} for {self.seconds:.0f} seconds ({self.last_words})\n"
+                    )
+                    sys.stderr.flush()
                 os._exit(1)

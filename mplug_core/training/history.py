@@ -18,9 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mplug_core import bounded
+from mplug_core.bounded import Unreadable, open_regular, read_bytes, read_yaml
 from mplug_core.errors import DataError
+from mplug_core.outputs import path_shown
 from mplug_core.training import journal
 from mplug_core.training.figures import PLACE, is_counter, is_number
 
@@ -29,6 +30,7 @@ MOST_PARSED = 50_000
 """Lines of figures that are parsed of a log; evaluations and the last lines always are."""
 TAIL = 20
 MOST_LINE_BYTES = 1 << 20
+LARGEST_STEP = 2**53
 SILENCE_SECONDS = 900.0
 """After which a run on another machine is taken to run no more, or longer where its steps take longer."""
 
@@ -95,26 +97,30 @@ class Log:
     def add(self, line: dict[str, Any]) -> None:
         """Take a parsed line; raises ValueError where it is none of ours."""
         step = line.get("step")
-        if not is_number(step) or not math.isfinite(step) or step < 0:
+        if not is_number(step) or not 0 <= step <= LARGEST_STEP:
             raise ValueError("no step")
+        line = {name: value for name, value in line.items() if not _is_beyond(value)}
         step = int(step)
         if step < self.last.get("step", 0):
             self._go_back(step)
         scores = line.get("evaluation")
         if isinstance(scores, dict):
             for name, value in scores.items():
-                if is_number(value):
+                if is_number(value) and not _is_beyond(value):
                     self.evaluations.setdefault(name, Curve()).add(step, float(value))
             return
         stage = line.get("stage")
         if isinstance(stage, str) and (not self.stages or self.stages[-1][1] != stage):
             self.stages.append((step, stage))
         for name, value in line.items():
+            if value is None and name in self.figures:  # a number that was not finite
+                value = math.nan
             if name in PLACE or not is_number(value):
                 continue
             self.figures.setdefault(name, Curve()).add(step, float(value))
             if is_counter(name, value):
-                risen = value - (self.last.get(name) or 0)
+                before = self.last.get(name)
+                risen = value - (before if is_counter(name, before) else 0)
                 if risen > 0:
                     self.marks.setdefault(name, []).append((step, risen))
         self.last = line | {"step": step}
@@ -131,6 +137,11 @@ class Log:
             self.last[name] = sum(risen for _, risen in marks)
 
 
+def _is_beyond(value: Any) -> bool:
+    """Whether a value is a number that nothing can be computed with."""
+    return isinstance(value, int) and abs(value) > LARGEST_STEP
+
+
 def read_log(file: Path, most: int = MOST_PARSED) -> Log:
     """The figures in a ``metrics.jsonl``; an empty log where there is no file. DataError where it can't be read."""
     log = Log()
@@ -138,7 +149,7 @@ def read_log(file: Path, most: int = MOST_PARSED) -> Log:
     parsed = -1
     try:
         size = file.stat().st_size
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             head = stream.read(1 << 16)
             average = len(head) / max(head.count(b"\n"), 1)
             log.every = max(1, math.ceil(size / max(average, 1) / most))
@@ -156,6 +167,8 @@ def read_log(file: Path, most: int = MOST_PARSED) -> Log:
         return log
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}", "name a run folder") from error
+    except Unreadable as error:
+        raise DataError(f"cannot read {file}: {error}", "name a run folder") from error
     for number, line in tail:
         if number > parsed:
             _take(log, line)
@@ -208,8 +221,8 @@ def read_checkpoints(run: Path) -> list[Checkpoint]:
     """The checkpoints of a run folder by step: sizes are compared with the manifest's, contents are not read."""
     root = run / "checkpoints"
     try:
-        latest = (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+        latest = read_bytes(root / "latest").decode("utf-8", "replace").strip()
+    except Unreadable:
         latest = None
     try:
         folders = [folder for folder in root.iterdir() if folder.is_dir() and "step-" in folder.name]
@@ -245,8 +258,8 @@ def read_checkpoint_folder(folder: Path) -> Checkpoint:
         return checkpoint
     progress = meta.get("progress")
     total = progress.get("total") if isinstance(progress, dict) else None
-    checkpoint.step = total if isinstance(total, int) else checkpoint.step
-    checkpoint.world = meta.get("world") if isinstance(meta.get("world"), int) else None
+    checkpoint.step = total if _is_count(total) else checkpoint.step
+    checkpoint.world = meta.get("world") if _is_count(meta.get("world")) else None
     checkpoint.stage = meta.get("stage") if isinstance(meta.get("stage"), str) else None
     manifest = read_json(folder / "manifest.json")
     listed = manifest.get("files") if manifest else None
@@ -296,19 +309,19 @@ class Run:
     @property
     def resumes(self) -> list[int]:
         """The steps from which the run went on."""
-        begun = [e["step"] for e in self.events if e.get("event") == "begin" and e.get("resumed")]
-        return sorted({step for step in begun if isinstance(step, int)} | set(self.log.rewinds))
+        begun = [e.get("step") for e in self.events if e.get("event") == "begin" and e.get("resumed")]
+        return sorted({step for step in begun if _is_count(step)} | set(self.log.rewinds))
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder looks like one that a run writes."""
-    return any((folder / name).exists() for name in (METRICS, journal.FILE, "checkpoints")) and folder.is_dir()
+    return any(os.path.exists(folder / name) for name in (METRICS, journal.FILE, "checkpoints")) and folder.is_dir()
 
 
 def find_runs(root: Path) -> list[Path]:
     """The run folders in a folder and in its folders; itself, if it is one. DataError without such a folder."""
-    if not root.is_dir():
-        raise DataError(f"no folder {root}", "runs are written to runs/ unless run.folder says otherwise")
+    if not os.path.isdir(root):
+        raise DataError(f"no folder {path_shown(root)}", "runs are written to runs/ unless run.folder says otherwise")
     if is_run(root):
         return [root]
     # model folders inside of runs have no log
@@ -317,8 +330,8 @@ def find_runs(root: Path) -> list[Path]:
 
 def read_run(folder: Path, most: int = MOST_PARSED) -> Run:
     """Read a run folder. DataError where there is none, or nothing of a run in it."""
-    if not folder.exists():
-        raise DataError(f"no folder {folder}", "`mplug runs ls` lists the runs in runs/")
+    if not os.path.exists(folder):
+        raise DataError(f"no folder {path_shown(folder)}", "`mplug runs ls` lists the runs in runs/")
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder", "name the run's folder")
     if not is_run(folder) and not (folder / "recipe.yaml").is_file():
@@ -340,7 +353,7 @@ def read_run(folder: Path, most: int = MOST_PARSED) -> Run:
         checkpoints=checkpoints,
         state=state,
         why=why,
-        steps=steps if isinstance(steps, int) else None,
+        steps=steps if _is_count(steps) else None,
         best_metric=section.get("best") if isinstance(section.get("best"), str) else None,
         best=_best(folder, log, section.get("best")),
         changed=changed,
@@ -351,7 +364,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
     """The events of a run; none where there is no file. Lines that are none are left out."""
     events = []
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             for line in _lines(stream):
                 try:
                     event = json.loads(line)
@@ -359,7 +372,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
                     continue
                 if isinstance(event, dict) and isinstance(event.get("event"), str):
                     events.append(event)
-    except OSError:
+    except (OSError, Unreadable):
         pass
     return events
 
@@ -411,8 +424,8 @@ def _interval(log: Log) -> float:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        values = read_yaml(folder / "recipe.yaml")
+    except Unreadable:
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -420,7 +433,8 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def _last_stage(recipe: dict[str, Any]) -> str | None:
     stages = recipe.get("stages")
     trained = [s for s in stages if isinstance(s, dict) and not s.get("align")] if isinstance(stages, list) else []
-    return trained[-1].get("name") if trained else None
+    name = trained[-1].get("name") if trained else None
+    return name if isinstance(name, str) else None
 
 
 def _best(folder: Path, log: Log, metric: Any) -> dict[str, Any]:
@@ -439,10 +453,15 @@ def _best(folder: Path, log: Log, metric: Any) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any] | None:
     """A JSON mapping, or None where there is none."""
     try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = bounded.read_json(file)
+    except Unreadable:
         return None
     return values if isinstance(values, dict) else None
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a number of steps or of processes."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_STEP
 
 
 def _modified(path: Path) -> float | None:

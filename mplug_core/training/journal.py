@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mplug_core.json_text import to_json
+
 FILE = "events.jsonl"
 ENDS = ("finished", "stopped", "failed")
 MOST_BYTES = 16 << 20
@@ -42,7 +44,7 @@ class Journal:
         except OSError:
             return None
         for line in lines:
-            with contextlib.suppress(ValueError, AttributeError):
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 event = json.loads(line)
                 begin = event if event.get("event") == "begin" else None if event.get("event") in ENDS else begin
         if begin is None or begin.get("pid") == os.getpid() or not is_alive(begin):
@@ -51,7 +53,7 @@ class Journal:
 
     def write(self, event: str, **values: Any) -> None:
         """One event with the time now."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, default=str) + "\n"
+        line = to_json({"event": event, "time": round(time.time(), 3), **values}, default=str) + "\n"
         try:
             if event == "warning" and self.file.is_file() and self.file.stat().st_size > MOST_BYTES:
                 return

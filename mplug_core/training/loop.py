@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mplug_core.data.batches import Batch, Block, Lots, Source, lost_worker
-from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
+from mplug_core.errors import CheckpointError, DataError, Diverged, MplugError, Preempted, RecipeError
+from mplug_core.json_text import to_json
 from mplug_core.model.teacher import FeatureQueue, Teacher
 from mplug_core.objectives.contrastive import alpha_ramp
 from mplug_core.recipe import StageSection, nearest
@@ -28,12 +28,14 @@ from mplug_core.training.checkpoint import (
     write_checkpoint,
 )
 from mplug_core.training.engine import Engine
-from mplug_core.training.engine_state import state_bytes, whole_state
+from mplug_core.training.engine_state import is_finite, state_bytes, whole_state
 from mplug_core.training.flops import peak_flops, training_flops_per_image
 from mplug_core.training.guards import LossWatch, StallWatch, check_budget
+from mplug_core.training.merging import merge
 from mplug_core.training.optimizer import scheduled_lr
+from mplug_core.training.outlook import Leg, seconds_left, with_work
 from mplug_core.training.resume import save_random
-from mplug_core.training.step import TrainStep, build_context
+from mplug_core.training.step import TrainStep, begin_lot, build_context, lot_of
 
 if TYPE_CHECKING:
     from mplug_core.training.trainer import Trainer
@@ -56,6 +58,7 @@ class Progress:
     """Where a run is, and what its last and its best evaluation gave (``stale``: evaluations since then).
 
     ``counts`` are those of all processes; ``unwritten`` are figures since the last line of the log: sum and number.
+    ``paces`` are seconds of a step by stage, ``evaluation_seconds`` those of the last evaluation.
     """
 
     stage: int = 0
@@ -73,6 +76,20 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     best_at: int = 0
     stale: int = 0
+    paces: dict[str, float] = field(default_factory=dict)
+    evaluation_seconds: float = 0.0
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Progress:
+        """What a checkpoint says, where null is a number that was not finite. TypeError for what it lacks or has more
+        of than this version."""
+
+        def number(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: number(item) for key, item in value.items()}
+            return [number(item) for item in value] if isinstance(value, list) else math.nan if value is None else value
+
+        return cls(**number(values))
 
     def note_scores(self, scores: dict[str, float], metric: str | None) -> bool:
         """Keep an evaluation; whether it is the best by ``metric`` (see ``run.best``). RecipeError without that."""
@@ -114,6 +131,8 @@ class StageLoop:
         self.examples: dict[tuple[str, str], Block | None] = {}
         self.flops_per_image: float | None = None
         self.peak_flops: float | None = None
+        later = [one for one in trainer.stages[self.progress.stage + 1 :] if one.align is None]
+        self.legs = [Leg(stage, steps), *(Leg(one, trainer.steps_of(one)) for one in later)]
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -181,12 +200,20 @@ class StageLoop:
                 break
 
     def _count_flops(self) -> None:
-        """What utilisation is measured by; None where it can't be told."""
+        """What utilisation is measured by, and how much more later stages compute; None where it can't be told."""
         recipe, trainer = self.recipe, self.trainer
-        self.flops_per_image = training_flops_per_image(
-            recipe, trainer.config, self.stage, trainer.tokenizer, {source.name: source for source in self.sources}
-        )
+
+        def of_an_image(stage: StageSection) -> float | None:
+            return training_flops_per_image(recipe, trainer.config, stage, trainer.tokenizer, trainer.sources)
+
+        def of_a_step(stage: StageSection) -> float | None:
+            images = sum(recipe.data.sources[name].batch_size for name in recipe.sources_of(stage))
+            flops = self.flops_per_image if stage is self.stage else of_an_image(stage)
+            return flops and flops * images
+
+        self.flops_per_image = of_an_image(self.stage)
         self.peak_flops = peak_flops(self.world.device, recipe.engine.precision)
+        self.legs = with_work(self.legs, of_a_step)
 
     def _step(self, step: int, last: int, loader: Iterator[list[Batch]]) -> None:
         """One optimizer step: on all processes, or on none where a loss or a gradient is not finite."""
@@ -226,6 +253,13 @@ class StageLoop:
                 f"the loss is not finite: {row} steps in a row, the last of them {total}",
                 f"{self._last_checkpoint()}; look at the data, or start anew from its model with a lower optimizer.lr",
             )
+
+    def _diverged(self, what: str) -> Diverged:
+        """The error that ends a run whose weights no step can mend."""
+        return Diverged(
+            f"training has diverged by step {self.progress.total}: {what}",
+            f"{self._last_checkpoint()}; start anew, or from its model, with a lower optimizer.lr",
+        )
 
     def _last_checkpoint(self) -> str:
         try:
@@ -274,6 +308,8 @@ class StageLoop:
         for slot, number in zip(slots, present, strict=True):
             if 0 < number < self.world.size:
                 self._level(batches, *slot)
+                for batch in batches:
+                    batch.alone |= batch.source == slot[0]  # on all processes, which compute the same passes
         return [batch for batch in batches if batch.blocks]
 
     def _level(self, batches: list[Batch], name: str, task: str) -> None:
@@ -318,9 +354,10 @@ class StageLoop:
         """One part of a step; returns its loss, on this process."""
         settings = self.recipe.teacher
         alpha = alpha_ramp(step, self.ramp_steps, settings.alpha) if self.teacher is not None else 0.0
-        lot = (self.progress.total * self.accumulate + micro) * self.world.size + self.world.rank
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 * 1024 + lot)
-        moved = [batch.to(self.world.device, self.engine.dtype) for batch in batches]
+        lot = lot_of(self.progress.total * self.accumulate + micro, self.world.rank, self.world.size)
+        generator = begin_lot(self.recipe.seed, lot)
+        merged = merge(batches, list(self.recipe.data.sources))
+        moved = [batch.to(self.world.device, self.engine.dtype) for batch in merged]
         contexts = [
             build_context(
                 self.recipe,
@@ -382,7 +419,8 @@ class StageLoop:
         """A line of the log on the ``seconds`` since the last one."""
         self._merge()
         progress, optimizer = self.progress, self.optimizer
-        left = self.steps - step - 1 + self.trainer.steps_after(progress.stage)
+        progress.paces[self.stage.name] = seconds_per_step
+        left = seconds_left(self.recipe, self.legs, step + 1, progress.paces, progress.evaluation_seconds)
         figures: dict[str, Any] = {
             "stage": self.stage.name,
             "step": progress.total,
@@ -396,7 +434,7 @@ class StageLoop:
             "tokens_per_second": self.tokens / seconds,
             "memory_gb": peak_memory(self.world.device),
             "seconds": progress.seconds,
-            "eta_seconds": left * seconds_per_step,
+            "eta_seconds": left,
             **progress.counts,
         }
         if self.flops_per_image and self.peak_flops:
@@ -409,7 +447,7 @@ class StageLoop:
     def _append(self, figures: dict[str, Any]) -> None:
         if not self.world.is_first:
             return
-        line = json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figures.items()}) + "\n"
+        line = to_json({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in figures.items()}) + "\n"
         try:
             with open(self.trainer.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
                 stream.write(line)
@@ -420,10 +458,13 @@ class StageLoop:
     # -- evaluation and checkpoints ----------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
+        tasks = [task for section in self.recipe.evaluate.values() for task in section.tasks]
+        if not any(map(self.trainer.evaluates, tasks)):
+            return
         with self.stall.paused():
             state = whole_state(self.module.model, self.engine, keep=self.world.is_first)
             error: BaseException | None = None
-            if self.world.is_first and self.recipe.evaluate:
+            if self.world.is_first:
                 try:
                     self._evaluate_here(state)
                 except Exception as raised:  # the others wait: they have to hear of it
@@ -432,11 +473,18 @@ class StageLoop:
                 raise error or MplugError("the evaluation failed on the first process", "its message says why")
 
     def _evaluate_here(self, state: dict[str, torch.Tensor]) -> None:
+        for name, _ in self.module.model.named_parameters():
+            if not is_finite(state[name]):  # it would give scores all the same, and perhaps the best
+                raise self._diverged(f"the weight {name} is not finite")
         began = time.perf_counter()
         metrics = self.trainer.evaluate(state)
-        better = self.progress.note_scores(metrics, self.recipe.run.best)
+        best = self.recipe.run.best
+        if best is not None and not self.trainer.evaluates(best.split("/")[-2]):
+            best = None  # its first score comes in a later stage
+        better = self.progress.note_scores(metrics, best)
+        self.progress.evaluation_seconds = time.perf_counter() - began
         figures = {"stage": self.stage.name, "step": self.progress.total, "evaluation": metrics,
-                   "evaluation_seconds": time.perf_counter() - began}  # fmt: skip
+                   "evaluation_seconds": self.progress.evaluation_seconds}  # fmt: skip
         self._append(figures)
         self.trainer.watch("evaluation", figures)
         if better:
@@ -491,11 +539,15 @@ class StageLoop:
             "accumulate": self.accumulate,
             "pieces": trainer.pieces,
             "recipe": trainer.recipe_values(),
+            "data": trainer.fingerprints,
         }
         name, best = checkpoint_name(self.progress.total), None
         if self.progress.best:
             best = checkpoint_name(self.progress.best_at)
-        folder = write_checkpoint(trainer.folder, name, world, write, meta, self.recipe.run.keep, best, need)
+        try:
+            folder = write_checkpoint(trainer.folder, name, world, write, meta, self.recipe.run.keep, best, need)
+        except Diverged as error:
+            raise self._diverged(error.message) from error
         publish_model(trainer.folder, folder, world)
 
 

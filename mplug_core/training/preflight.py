@@ -23,14 +23,18 @@ from mplug_core.data.shards.reading import Pack
 from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource
 from mplug_core.data.text import Tokenizer, texts_of
-from mplug_core.errors import CheckpointError, DataError, MplugError
+from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError, values_without_secrets
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.recipe import DataSpec, Recipe, SourceSection, StageSection
 from mplug_core.tasks.registry import evaluated_task
+from mplug_core.training.architectures import start_architecture
+from mplug_core.training.features import FeatureCache
 from mplug_core.training.flops import DEVICE_FLOPS, UTILISATION, StepFlops, peak_flops, step_flops
 from mplug_core.training.memory import Activations, count_sizes, estimate_memory
-from mplug_core.training.precision import settled
+from mplug_core.training.precision import encoder_fault, settled
+from mplug_core.training.run_folder import check_run_folder
+from mplug_core.training.stage_checks import stage_faults
 from mplug_core.training.start import changed_config, grown_vocabulary, new_vocabulary
 from mplug_core.training.workload import WORDS, Workbench, build_parts, encoders_of
 from mplug_core.weights.bert import language_starts
@@ -75,7 +79,11 @@ class SourceCheck:
 
 @dataclass
 class StageCost:
-    """What a stage takes. ``steps`` is None, and ``hours`` are empty, where only the data could tell."""
+    """What a stage takes.
+
+    ``steps`` is None, and ``hours`` are empty, where only the data could tell; ``parameters`` are empty, and all that
+    follows from them, where the model's size is not known.
+    """
 
     stage: str
     steps: int | None
@@ -89,11 +97,11 @@ class StageCost:
 
 @dataclass
 class Preflight:
-    """The whole report; ``as_object`` for JSON."""
+    """The whole report; ``as_object`` for JSON. ``vocabulary`` is None where the model's size is not known."""
 
     recipe: Recipe
     processes: int
-    vocabulary: int
+    vocabulary: int | None
     stages: list[StageCost]
     sources: list[SourceCheck]
     evaluations: list[SourceCheck]
@@ -123,7 +131,7 @@ class Preflight:
     def as_object(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": values_without_secrets(self.recipe.model_dump(mode="json")),
             "processes": self.processes,
             "vocabulary": self.vocabulary,
             "stages": [_stage_object(cost) for cost in self.stages],
@@ -146,26 +154,45 @@ def _stage_object(cost: StageCost) -> dict[str, Any]:
     return {**asdict(cost), "flops": shown}
 
 
-def check_run(recipe: Recipe, processes: int = 1, devices: Iterable[str] = ("a100", "h100", "cpu")) -> Preflight:
-    """Check a recipe that is to run in ``processes`` processes, a device each. Never raises MplugError."""
-    check = _Check(recipe, processes)
+def check_run(
+    recipe: Recipe,
+    processes: int = 1,
+    devices: Iterable[str] = ("a100", "h100", "cpu"),
+    advance: Callable[[int], None] = lambda done: None,
+) -> Preflight:
+    """Check a recipe that is to run in ``processes`` processes, a device each. Never raises MplugError.
+
+    ``advance`` is called with 1 after each of :func:`parts_of_check`.
+    """
+    check = _Check(recipe, processes, advance)
     bench = check.workbench()
-    check.starts(bench)
+    if check.size_known:
+        faults = stage_faults(check.recipe, bench.tasks, bench.model.parts)
+        check.faults += [Fault(fault, None, RecipeError.exit_code) for fault in faults]
+        check.starts(bench)
+        check.encoder(bench)
     speeds = check.speeds(devices)
     stages = [check.stage(bench, stage, speeds) for stage in bench.stages]
     evaluations = check.evaluations()
     disk = check.disk(bench)
+    vocabulary = bench.config.vocab_size if check.size_known else None
     return Preflight(
-        check.recipe, processes, bench.config.vocab_size, stages, check.checked, evaluations, disk, speeds,
-        check.notes, check.faults,
+        check.recipe, processes, vocabulary, stages, check.checked, evaluations, disk, speeds, check.notes,
+        check.faults,
     )  # fmt: skip
+
+
+def parts_of_check(recipe: Recipe) -> int:
+    """How many parts a check has: data sets to read, and stages to count."""
+    return len(recipe.data.sources) + len(recipe.evaluate) + max(1, len(recipe.stages))
 
 
 class _Check:
     """Collects notes and faults on the way."""
 
-    def __init__(self, recipe: Recipe, processes: int) -> None:
-        self.given, self.processes = recipe.engine, processes
+    def __init__(self, recipe: Recipe, processes: int, advance: Callable[[int], None]) -> None:
+        self.given, self.processes, self.advance = recipe.engine, processes, advance
+        self.size_known = True
         precision = recipe.engine.precision
         if precision == "auto":  # costs are those of GPUs
             precision = "bf16" if recipe.engine.name == "plain" or recipe.engine.zero_stage else "fp32"
@@ -193,9 +220,9 @@ class _Check:
             section = self.recipe.data.sources[name]
             source = Source(name, section, found, config.vision, encoders_of(section, bench.tasks, bench.texts))
             try:
-                bench.unread(name)  # the invented one: the real one must give a batch, too
+                bench.unread(name, bench.stages[0])  # the invented one: the real one must give a batch, too
                 bench.sources[name] = source
-                bench.unread(name).batch(1)
+                bench.unread(name, bench.stages[0]).batch(1)
             except (MplugError, ValueError, AttributeError) as error:
                 self.faults.append(Fault(f"data.sources.{name}: {error}", None, DataError.exit_code))
                 bench = Workbench.of(
@@ -210,6 +237,14 @@ class _Check:
             self.notes.append(f"texts of {', '.join(missing)} are not at hand; lengths assumed, in words: {words}")
         return bench
 
+    def encoder(self, bench: Workbench) -> None:
+        """The visual encoder can be computed as the run will do it, which on GPUs all of them can."""
+        if torch.cuda.is_available():
+            return
+        learns = not bench.recipe.encoder_stays(bench.stages)
+        if fault := encoder_fault(bench.config, settled(self.given, torch.device("cpu")), learns):
+            self.faults.append(Fault(fault, "set engine.precision=fp32", RecipeError.exit_code))
+
     def _to_render(self, path: str) -> bool:
         """Whether a path is of scenes that the run will render first."""
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
@@ -221,6 +256,7 @@ class _Check:
         spec = self.recipe.placed(section)
         check = SourceCheck(name, spec.path)
         self.checked.append(check)
+        self.advance(1)
         if self._to_render(spec.path):
             check.note = f"{self.recipe.data.scenes.n} scenes will be rendered"
             return None
@@ -283,13 +319,25 @@ class _Check:
                 return config, tokenizer
             except MplugError as error:
                 self.faults.append(Fault.of(error, "start.model: "))
-                self.notes.append("start.model is not there: the architecture is the recipe's model section")
-                return MplugConfig(**recipe.model.model_dump()), None
+                return self._unseen_architecture(), None
         tokenizer = self._vocabulary(records)
         values = recipe.model.model_dump()
         if tokenizer is not None:
             values |= {"vocab_size": tokenizer.vocab_size, "box_bins": tokenizer.bins}
         return MplugConfig(**values), tokenizer
+
+    def _unseen_architecture(self) -> MplugConfig:
+        """That of a start model that is not at hand, if its name tells it; else one that only the data is read with."""
+        found = start_architecture(self.recipe)
+        self.size_known = found is not None
+        if found is None:
+            self.notes.append("start.model is not there, and its size is not known: what depends on it is not counted")
+            return MplugConfig(**self.recipe.model.model_dump())
+        section, origin = found
+        self.notes.append(f"start.model is not there: the sizes are those of {origin}")
+        if self.recipe.data.vocabulary == "extend":
+            self.notes.append("words that the vocabulary will get are not counted")
+        return MplugConfig(**section.model_dump())
 
     def _vocabulary(self, records: dict[str, dict[str, list[Any]]]) -> Tokenizer | None:
         size, base = self.recipe.model.vocab_size, self.recipe.start.text
@@ -342,6 +390,7 @@ class _Check:
             spec = self.recipe.placed(section)
             check = SourceCheck(name, spec.path)
             checks.append(check)
+            self.advance(1)
             if self._to_render(spec.path):
                 check.note = "will be rendered"
                 continue
@@ -381,11 +430,14 @@ class _Check:
 
     def stage(self, bench: Workbench, stage: StageSection, speeds: dict[str, dict[str, Any]]) -> StageCost:
         """What a stage takes."""
+        self.advance(1)
         engine = self.recipe.engine
         names = bench.sources_of(stage)
         images = sum(self.recipe.data.sources[name].batch_size for name in names)
         images *= self.processes * engine.accumulate
         steps = 0 if stage.align is not None else self._steps(stage, names)
+        if not self.size_known:
+            return StageCost(stage.name, steps, images, {}, None)
         cost = StageCost(stage.name, steps, images, count_parameters(bench, stage), None)
         if stage.align is not None:
             self.notes.append(f"stage {stage.name} trains the contrastive head on features computed once: not costed")
@@ -403,11 +455,18 @@ class _Check:
     def _steps(self, stage: StageSection, names: list[str]) -> int | None:
         if stage.steps or self.recipe.steps:
             return stage.steps or self.recipe.steps
-        if not names or not all(name in self.epochs for name in names):
+        sections = self.recipe.data.sources
+        published = {name: sections[name].published_images for name in names if name not in self.epochs}
+        if not names or None in published.values():
             self.notes.append(f"steps of stage {stage.name}: epochs are counted on the data")
             return None
         lots = self.processes * self.recipe.engine.accumulate
-        return max(self.epochs[name](lots) for name in names) * (self.recipe.epochs or 1)
+        if published:
+            shown = ", ".join(f"{name} {count:,}" for name, count in published.items())
+            self.notes.append(f"steps of stage {stage.name}: counted on the images of the published data: {shown}")
+        steps = [self.epochs[name](lots) for name in names if name in self.epochs]
+        steps += [max(1, (count or 0) // (sections[name].batch_size * lots)) for name, count in published.items()]
+        return max(steps) * (self.recipe.epochs or 1)
 
     def _memory(self, bench: Workbench, stage: StageSection) -> list[dict[str, Any]]:
         """Rows by ZeRO stage and share of the batch, on a GPU, and for the recipe's own settings on a CPU."""
@@ -428,7 +487,11 @@ class _Check:
         return rows
 
     def disk(self, bench: Workbench) -> dict[str, Any]:
-        """Free space where the run writes, and what it will write."""
+        """Free space where the run writes, and what it will write: None where the model's size is not known."""
+        if not self.size_known:
+            free = shutil.disk_usage(existing(self.folder)).free
+            unknown = dict.fromkeys(("checkpoint", "model", "caches", "needed"))
+            return {"folder": str(self.folder), "kept": self.recipe.run.keep, "free": free, **unknown}
         sizes = [count_sizes(bench, stage) for stage in bench.stages]
         largest = max(sizes, key=lambda size: size.trained + size.teacher)
         low = self.recipe.engine.precision == "bf16"
@@ -436,27 +499,22 @@ class _Check:
         checkpoint = largest.all * (2 if low else 4) + largest.trained * 12
         checkpoint += 4 * (largest.teacher + largest.average) + largest.queue_bytes
         model = 2 * largest.all
-        caches = sum(self._cache_bytes(bench, name) for name in bench.sources)
+        known = [bench.sources[name] for name in self.recipe.cached_sources() if name in bench.known]
+        caches = FeatureCache(bench.model.visual, known, self.folder / "features").bytes_needed()
         need = (self.recipe.run.keep + 1) * checkpoint + 2 * model + caches
+        try:
+            check_run_folder(self.folder)
+        except MplugError as error:
+            self.faults.append(Fault.of(error))
         place = existing(self.folder)
         free = shutil.disk_usage(place).free
         if free < need:
             shown = f"{need / 1e9:.1f} GB are needed in {self.folder}, and {free / 1e9:.1f} GB are free"
             self.faults.append(Fault(shown, "free some, lower run.keep, or set run.folder", MplugError.exit_code))
-        elif not os.access(place, os.W_OK):
-            self.faults.append(Fault(f"{place} can't be written", "set run.folder", MplugError.exit_code))
         return {
             "folder": str(self.folder), "checkpoint": checkpoint, "kept": self.recipe.run.keep, "model": model,
             "caches": caches, "needed": need, "free": free,
         }  # fmt: skip
-
-    def _cache_bytes(self, bench: Workbench, name: str) -> int:
-        section = self.recipe.data.sources[name]
-        if not section.cached_views or section.text_only or name not in bench.known:
-            return 0
-        visual = bench.model.visual
-        cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
-        return 2 * section.cached_views * len(bench.sources[name].images) * cells * visual.width
 
 
 def count_parameters(bench: Workbench, stage: StageSection) -> dict[str, dict[str, int]]:
@@ -477,6 +535,6 @@ def count_parameters(bench: Workbench, stage: StageSection) -> dict[str, dict[st
 def existing(folder: Path) -> Path:
     """The folder, or the nearest above it that is there."""
     folder = folder.absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     return folder

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from mplug_core.atomic import replace_text
 from mplug_core.errors import CheckpointError
 from mplug_core.recipe import Recipe
 from mplug_core.training.distributed import World
-from mplug_core.weights.durable import replace_text
 from mplug_core.weights.tensor_files import read_tensors, write_tensors
 
 FREE = (

@@ -19,6 +19,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import resize_positions
 from mplug_core.recipe import ModelSection, Recipe, describe, merge
+from mplug_core.weights.faults import check_finite
 from mplug_core.weights.folder import Stored
 from mplug_core.weights.pretrained import bert_pieces
 
@@ -29,8 +30,8 @@ POSITIONS = ("text.embeddings.positions.weight", "decoder.embeddings.positions.w
 
 def changed_config(start: MplugConfig, section: ModelSection, tokenizer: Tokenizer) -> MplugConfig:
     """The start model's architecture with the fields that a recipe's ``model`` section sets."""
-    # what the start model was released without is fresh
-    values = merge(start.model_dump() | {"absent": []}, section.model_dump(exclude_unset=True))
+    # what the start model was released without is fresh, and its calibration is of its weights
+    values = merge(start.architecture() | {"absent": []}, section.model_dump(exclude_unset=True))
     try:
         return MplugConfig(**values | {"vocab_size": tokenizer.vocab_size, "box_bins": tokenizer.bins})
     except ValidationError as error:
@@ -73,9 +74,11 @@ def fill_from(model: MplugModel, tokenizer: Tokenizer, stored: Stored, temperatu
     """Give ``model`` the weights of the start model; returns what came from there and what is fresh, in one line.
 
     ``temperature`` replaces that of the start model. CheckpointError where a tensor has another shape than the model's
-    and there is no way to fit it.
+    and there is no way to fit it, or holds numbers that are not finite.
     """
     expected = model.state_dict()
+    for name, value in stored.state.items():
+        check_finite(name, value, stored.path)
     state = {name: value.float() if value.is_floating_point() else value for name, value in stored.floats().items()}
     changes: list[str] = []
     fit_fusion(state, expected)
@@ -147,7 +150,7 @@ def fit_positions(state: dict[str, Tensor], expected: dict[str, Tensor], model: 
     name = "grid_positions"
     if name in state and name in expected and state[name].shape != expected[name].shape:
         state[name] = expected[name]
-        done.append(f"positions of cells computed for {model.visual.grid[0]} x {model.visual.grid[1]}")
+        done.append(f"positions of cells computed for {model.visual.token_grid[0]} x {model.visual.token_grid[1]}")
     for name in POSITIONS:
         if name in state and name in expected and len(state[name]) != len(expected[name]):
             rows, known = expected[name].clone(), min(len(state[name]), len(expected[name]))

@@ -35,14 +35,15 @@ class TrainStep(nn.Module):
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum of the losses, and the losses by name (detached).
 
-        A loss that several sources give is their mean, weighted by images and by the source's ``weight``. Blocks that
+        A loss that several sources give is the mean over the records of those that were merged, and over batches their
+        mean, weighted by images and by the source's ``weight``. Blocks that
         stand in for what another process has are computed with no weight, and none of their losses is returned by name.
         """
         found: dict[str, list[tuple[float, Tensor]]] = {}
         for batch, context in zip(batches, contexts, strict=True):
             images = self.encode(batch, context)
-            share = context.source_weight * len(batch.image_ids)
             for task, block in batch.blocks.items():
+                share = batch.weight * batch.images_of(task)
                 has_no_weight = task in batch.weightless
                 here = without_ids(context) if has_no_weight else context
                 for name, loss in self.tasks[task].losses(self.model, images, block, here).items():
@@ -63,8 +64,8 @@ class TrainStep(nn.Module):
             images = self.model.encode_image(batch.pixels)
         else:
             images = self.model.encode_features(batch.features, batch.aligned)
-        if context.grid_dropout:
-            hidden = torch.rand(len(images), generator=context.generator) < context.grid_dropout
+        if batch.grid_dropout is not None:
+            hidden = torch.rand(len(images), generator=context.generator) < batch.grid_dropout.float().cpu()
             images.mask[hidden.to(images.mask.device), self.model.config.summary_tokens :] = False
         return images
 
@@ -80,8 +81,10 @@ def build_context(
     generator: torch.Generator,
     world: World = ALONE,
 ) -> Context:
-    """What the losses of a batch see. The teacher encodes its images at the first question, and once."""
-    section = recipe.data.sources[batch.source]
+    """What the losses of a batch see, as :func:`~mplug_core.training.merging.merge` gives it.
+
+    The teacher encodes its images at the first question, and once.
+    """
     encoded: list[ImageEncoding] = []
 
     def teacher_images() -> ImageEncoding:
@@ -94,24 +97,36 @@ def build_context(
         return encoded[0]
 
     imagined = batch.stand_in is not None
-    # image ids of different sources must differ
-    offset = list(recipe.data.sources).index(batch.source) << 40
     return Context(
         alpha=0.0 if imagined else alpha,
         label_smoothing=recipe.label_smoothing,
         weights=dict(weights),
-        source_weight=section.weight,
-        grid_dropout=section.grid_dropout,
         teacher=None if imagined else teacher,
         teacher_images=teacher_images,
         queue=queue,
         gather=world.gather_rows,
         gather_with_gradient=world.gather_with_gradient if recipe.gather_gradient else world.gather_own_gradient,
-        image_ids=None if imagined else batch.image_ids + offset,
+        image_ids=None if imagined else batch.image_ids,
         generator=generator,
         autocast=autocast,
         self_critical=recipe.self_critical,
     )
+
+
+def lot_of(micro_step: int, rank: int, world: int) -> int:
+    """The number of the lot that process ``rank`` of ``world`` computes in a micro-step of the run."""
+    return micro_step * world + rank
+
+
+def begin_lot(seed: int, lot: int) -> torch.Generator:
+    """The generator (on the CPU) of what the losses of a lot draw.
+
+    torch's global generators, from which dropout draws, begin anew with each lot, too: what is drawn depends on the lot
+    alone, not on the process that computes it, nor on what that has computed before.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 * 1024 + lot)
+    torch.manual_seed((2 * generator.initial_seed() + 1) % 2**63)
+    return generator
 
 
 def without_ids(context: Context) -> Context:

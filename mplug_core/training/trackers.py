@@ -8,7 +8,6 @@ been given before a resume it is not given again.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import queue
@@ -20,7 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from mplug_core.errors import MplugError, Preempted, RecipeError
+from mplug_core.bounded import read_json
+from mplug_core.errors import MplugError, Preempted, RecipeError, values_without_secrets
+from mplug_core.json_text import to_json
 from mplug_core.recipe import Recipe
 from mplug_core.training.figures import PLACE, is_counter, is_loss, is_number
 from mplug_core.training.journal import Journal
@@ -129,7 +130,7 @@ class WandB:
             tags=list(settings.tags) or None,
             mode=settings.mode or os.environ.get("WANDB_MODE") or None,
             dir=str(self.folder),
-            config=self.recipe.model_dump(mode="json"),
+            config=values_without_secrets(self.recipe.model_dump(mode="json")),
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),
         )
         self._keep()
@@ -138,7 +139,7 @@ class WandB:
         """The id and the last step of this folder's run, or a new id."""
         if not self.id and self.resumed:
             try:
-                kept = json.loads((self.folder / FILE).read_bytes())["wandb"]
+                kept = read_json(self.folder / FILE)["wandb"]
                 self.id, self.logged = str(kept["id"]), int(kept["step"])
             except (OSError, ValueError, KeyError, TypeError):
                 pass
@@ -146,7 +147,7 @@ class WandB:
 
     def _keep(self) -> None:
         beside = self.folder / f".{FILE}"
-        beside.write_text(json.dumps({"wandb": {"id": self.id, "step": self.logged}}), encoding="utf-8")
+        beside.write_text(to_json({"wandb": {"id": self.id, "step": self.logged}}), encoding="utf-8")
         os.replace(beside, self.folder / FILE)
 
     def log(self, step: int, values: dict[str, float]) -> None:

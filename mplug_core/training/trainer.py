@@ -15,10 +15,11 @@ import yaml
 from pydantic import ValidationError
 
 from mplug_core.allocator import keep_freed_memory
+from mplug_core.atomic import replace_text
 from mplug_core.cpu import settle_threads
 from mplug_core.data.batches import Source
 from mplug_core.data.records.types import KINDS, Records
-from mplug_core.data.scenes import holds_scenes, write_scenes
+from mplug_core.data.scenes import holds_scenes, split_sizes, write_scenes
 from mplug_core.data.shards.reading import Pack
 from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource, text_records
@@ -29,7 +30,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import Teacher, build_teacher
-from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection, nearest
+from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection
 from mplug_core.tasks.caption import CaptionTask
 from mplug_core.tasks.patches import PatchTask
 from mplug_core.tasks.registry import TASKS, evaluated_task
@@ -43,23 +44,26 @@ from mplug_core.training.checkpoint import (
     publish_model,
     read_meta,
     require_sound,
+    sweep_checkpoints,
 )
+from mplug_core.training.data_fingerprint import Fingerprint, changed_data, of_pack, of_records
 from mplug_core.training.distributed import World
 from mplug_core.training.engine import Engine, build_engine, import_deepspeed
 from mplug_core.training.engine_state import whole_state
-from mplug_core.training.features import cache_features
+from mplug_core.training.features import FeatureCache
 from mplug_core.training.journal import Journal
 from mplug_core.training.loop import Progress, StageLoop, Watch
 from mplug_core.training.optimizer import for_stage
 from mplug_core.training.precision import settled
 from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe, restore_random, share_lots
+from mplug_core.training.run_folder import RUN, check_run_folder, claim, refuse_own_start
+from mplug_core.training.stage_checks import require_captions, stage_faults
 from mplug_core.training.stand_in import StandIn
 from mplug_core.training.start import changed_config, fill_from, grown_vocabulary, new_vocabulary, words_without_piece
 from mplug_core.training.step import TrainStep
 from mplug_core.training.trackers import Followers, check_trackers
 from mplug_core.weights.bert import class_name_features, load_language
 from mplug_core.weights.card import model_card
-from mplug_core.weights.durable import replace_text
 from mplug_core.weights.folder import Stored, fill_buffers, read_model, save_model
 from mplug_core.weights.pretrained import Origin
 from mplug_core.weights.visual import load_visual
@@ -68,14 +72,21 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """On which a run saves and ends with code 75; schedulers send the first and the last before they take a machine."""
 
 
-def train(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figures: None) -> Path:
+def train(
+    recipe: Recipe,
+    resume: str = "auto",
+    watch: Watch = lambda kind, figures: None,
+    allow_changed_data: bool = False,
+) -> Path:
     """Run a recipe to its end; returns the run folder: ``model/`` is the last model, ``best/`` the one with the best
     score where the recipe names ``run.best``.
 
-    ``resume``: ``auto`` continues the run folder's last checkpoint if there is one, ``never`` starts anew.
-    Raises Preempted (exit code 75) with everything saved when told to stop by SIGTERM, SIGINT or SIGUSR1.
+    ``resume``: ``auto`` continues the run folder's last checkpoint if there is one, ``never`` starts anew. Raises
+    UsageError where the run folder is of something else, DataError where a source has other records than the checkpoint
+    was trained on, unless ``allow_changed_data``, and Preempted (exit code 75) with everything saved when told to stop
+    by SIGTERM, SIGINT or SIGUSR1.
     """
-    trainer = Trainer(recipe, watch, resume)
+    trainer = Trainer(recipe, watch, resume, allow_changed_data)
     with trainer.followers:
         return trainer.run()
 
@@ -83,16 +94,26 @@ def train(recipe: Recipe, resume: str = "auto", watch: Watch = lambda kind, figu
 class Trainer:
     """Everything of a run that outlives a stage."""
 
-    def __init__(self, recipe: Recipe, watch: Watch, resume: str = "auto") -> None:
+    kind = RUN
+    """What the run folder is of."""
+
+    def __init__(
+        self, recipe: Recipe, watch: Watch, resume: str = "auto", allow_changed_data: bool = False
+    ) -> None:
         self.recipe = recipe
         check_trackers(recipe)
         self.world = World.from_environment()
         if self.world.size > 1:
             import_deepspeed()  # connects the processes, which wait for each other from here on
         self.folder = recipe.run_folder
+        with together(self.world):
+            if self.world.is_first:
+                check_run_folder(self.folder, self.kind)
         self.followers = Followers(recipe, self.folder, watch)
         self.watch = self.followers if self.world.is_first else lambda kind, figures: None
         self.checkpoint = self._find_checkpoint(resume)
+        if self.checkpoint is None:
+            refuse_own_start(self.folder, recipe.start.model)
         self.meta = read_meta(self.checkpoint) if self.checkpoint is not None else {}
         self.pieces = 1
         self.recipe = recipe = self._same_batch(self._same_precision(recipe))
@@ -103,8 +124,12 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self._render_scenes()
         self.stages = recipe.stages or [StageSection(name="train")]
+        self.fingerprints: dict[str, Fingerprint] = {}
+        """Of each source, on the first process."""
         with together(self.world):
             self._set_up(recipe)
+        self._compare_with_checkpoint(allow_changed_data)
+        self._cache_features()
         self.stand_in: StandIn | None = None
         self.progress = Progress()
         self.average: Teacher | None = None
@@ -119,13 +144,18 @@ class Trainer:
         self.tokenizer = self._tokenizer(start)
         self.config = self._config(start)
         longest = min(recipe.data.max_text, self.config.max_positions)
-        self.texts = Texts(self.tokenizer, longest, recipe.data.max_answers, self.config.text_end)
+        self.texts = Texts(
+            self.tokenizer, longest, recipe.data.max_answers, self.config.text_end, recipe.data.fused_share
+        )
         self.model = MplugModel(self.config)
         self.model.set_checkpointing(recipe.engine.checkpointing)
         self._start_weights(start)
         self.tasks = self._all_tasks()
+        if faults := stage_faults(self.recipe, self.tasks, self.model.parts):
+            raise RecipeError("; ".join(faults))
         self._check_evaluations()
         self.sources = {name: self._source(name) for name in recipe.data.sources}
+        require_captions(self.recipe, self.sources)
         for name, source in self.sources.items():
             if not source.can_be_cut(self.pieces):
                 raise CheckpointError(
@@ -135,14 +165,22 @@ class Trainer:
 
     def _render_scenes(self) -> None:
         scenes, folder = self.recipe.data.scenes, self.folder / "scenes"
-        if scenes is None:
+        if scenes is None or not self.recipe.renders_scenes():
             return
         with together(self.world):
             # with a checkpoint other scenes are another recipe, which is refused when all of it is known
             known = holds_scenes(folder, scenes.n, scenes.seed, scenes.size) or (self.checkpoint and folder.exists())
             if self.world.is_first and not known:
                 self.watch("note", {"text": f"rendering {scenes.n} scenes"})
-                write_scenes(folder, scenes.n, scenes.seed, scenes.size)
+                claim(self.folder, self.kind)
+                total, done = sum(split_sizes(scenes.n).values()), 0
+
+                def advance(more: int) -> None:
+                    nonlocal done
+                    done += more
+                    self.watch("scenes", {"done": done, "total": total})
+
+                write_scenes(folder, scenes.n, scenes.seed, scenes.size, progress=advance)
 
     def _tokenizer(self, start: Stored | None) -> Tokenizer:
         if self.checkpoint is not None:
@@ -169,7 +207,7 @@ class Trainer:
                 f"{recipe.start.model} can't be trained as {recipe.name} says: {'; '.join(faults)}",
                 "add to the recipe's model section what it needs",
             )
-        self.recipe = recipe.model_copy(update={"model": ModelSection(**config.model_dump())})
+        self.recipe = recipe.model_copy(update={"model": ModelSection(**config.architecture())})
         return config
 
     def _all_texts(self, name: str) -> Iterator[str]:
@@ -219,6 +257,8 @@ class Trainer:
             return lambda drawn, rng: self.tasks[task].encode(drawn, rng, self.texts)
 
         encoders = {task: encoder(task) for task in section.tasks}
+        if pack is not None and self.world.is_first:
+            self.fingerprints[name] = of_pack(pack)
         if pack is not None and not section.text_only:
             return self._streamed(name, section, pack, encoders)
         records: dict[str, Any] = {}
@@ -235,10 +275,23 @@ class Trainer:
             records[task] = found.records
             if prepare := getattr(self.tasks[task], "prepare", None):
                 prepare(found.records[: section.limit], self.texts, self.recipe.wanted())
-        source = Source(name, section, records, self.config.vision, encoders)
-        if section.cached_views:
-            source.features, source.placements = cache_features(source, self.model, self.folder / "features")
-        return source
+        if pack is None and self.world.is_first:
+            self.fingerprints[name] = of_records(records, section.limit)
+        return Source(name, section, records, self.config.vision, encoders)
+
+    def _cache_features(self) -> None:
+        """Features of the sources that want them, made by all processes together."""
+        with together(self.world):
+            sources = [self.sources[name] for name in self.recipe.cached_sources()]
+            if sources and self.world.is_first:
+                claim(self.folder, self.kind)
+            cache = FeatureCache(self.model.visual, sources, self.folder / "features")
+            cache.compute(self.watch, self.world)
+        with together(self.world):
+            # what another process has computed is there, if they share the folder
+            cache.refresh()
+            cache.compute(self.watch, World(0, 1, self.world.local_rank))
+            cache.give()
 
     def _streamed(self, name: str, section: SourceSection, pack: Pack, encoders: dict[str, Any]) -> ShardSource:
         """A source whose records stay in its pack; RecipeError for what needs all of them at once."""
@@ -256,12 +309,15 @@ class Trainer:
 
     def _check_evaluations(self) -> None:
         """DataError or RecipeError now, not after hours of training, where nothing can be evaluated."""
+        self.evaluated_records: dict[tuple[str, str], int] = {}
         if self.world.is_first:
             for name, section in self.recipe.evaluate.items():
                 self._evaluation_options(name)
                 for task in section.tasks:
                     try:
-                        self.tasks[task].read(self.recipe.placed(section))
+                        found = self.tasks[task].read(self.recipe.placed(section))
+                        kinds = found if isinstance(found, list) else [(task, found)]
+                        self.evaluated_records[name, task] = sum(len(records) for _, records in kinds)
                     except DataError as error:
                         raise DataError(f"evaluate.{name}: {error.message}", error.hint) from error
 
@@ -277,29 +333,34 @@ class Trainer:
 
     def steps_of(self, stage: StageSection) -> int:
         """Optimizer steps of a stage: its own, else the recipe's steps or epochs."""
-        if stage.steps or self.recipe.steps:
-            return stage.steps or self.recipe.steps
-        sources = [self.sources[name] for name in stage.sources or self.sources]
+        return self.planned_steps(stage, self.recipe)
+
+    def planned_steps(self, stage: StageSection, recipe: Recipe) -> int:
+        """The steps that ``recipe`` has for a stage of it, on the data of this run."""
+        if stage.steps or recipe.steps:
+            return stage.steps or recipe.steps
+        sources = [self.sources[name] for name in recipe.sources_of(stage)]
         if not sources:
             raise RecipeError("data.sources is empty", "name at least one data set")
         # of the global batch alone: the same when a run goes on on another number of processes
         lots = self.world.size * self.recipe.engine.accumulate
-        return max(source.steps_per_epoch(lots) for source in sources) * (self.recipe.epochs or 1)
+        return max(source.steps_per_epoch(lots) for source in sources) * (recipe.epochs or 1)
 
-    def steps_after(self, stage: int) -> int:
-        """Optimizer steps of the stages behind one."""
-        return sum(self.steps_of(later) for later in self.stages[stage + 1 :] if later.align is None)
+    @staticmethod
+    def align_steps(stage: StageSection) -> int:
+        """Steps of each fold of an aligning stage."""
+        return stage.steps or 600
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
         checkpoint = self.checkpoint
         self._prepare_folder()
-        # processes have the same weights and draw different dropout
+        # what is drawn outside of lots, which have seeds of their own
         torch.manual_seed(self.recipe.seed * 1009 + self.world.rank)
         if checkpoint is not None:
             try:
-                self.progress = Progress(**self.meta["progress"])
+                self.progress = Progress.read(self.meta["progress"])
             except TypeError as error:
                 raise CheckpointError(f"{checkpoint} is of another version: {error}", ANEW) from error
             with together(self.world):
@@ -381,23 +442,37 @@ class Trainer:
             section["batch_size"] *= self.pieces
         return values
 
+    def _compare_with_checkpoint(self, allow_changed_data: bool) -> None:
+        """CheckpointError where the checkpoint is of another recipe, DataError where it is of other data."""
+        if self.checkpoint is None:
+            return
+        for difference in refuse_other_recipe(self.meta["recipe"], self.recipe_values(), self.checkpoint):
+            self.watch("note", {"text": f"other than before: {difference}"})
+        before = self.meta.get("data")
+        if not isinstance(before, dict):
+            text = f"{self.checkpoint} doesn't tell which data it was trained on: it isn't compared"
+            self.watch("note", {"text": text})
+            return
+        with together(self.world):
+            changes = changed_data(before, self.fingerprints) if self.world.is_first else []
+            if changes and not allow_changed_data:
+                raise DataError("; ".join(changes), "put the data back, or --allow-changed-data goes on with it")
+        for change in changes:
+            self.watch("note", {"level": "warning", "text": change})
+
     def _prepare_folder(self) -> None:
-        """Create the run folder with recipe and vocabulary, or make sure that the checkpoint is this recipe's."""
-        checkpoint = self.checkpoint
-        values = self.recipe_values()
-        if checkpoint is not None:
-            for difference in refuse_other_recipe(self.meta["recipe"], values, checkpoint):
-                self.watch("note", {"text": f"other than before: {difference}"})
+        """Create the run folder with recipe and vocabulary."""
         with together(self.world):
             if self.world.is_first:
-                self._write_folder(values, anew=checkpoint is None)
+                self._write_folder(self.recipe_values(), anew=self.checkpoint is None)
 
     def _write_folder(self, values: dict[str, Any], anew: bool) -> None:
         holder = Journal(self.folder).holder()
         if holder is not None:
             raise MplugError(f"process {holder} is running in {self.folder}", "stop it, wait for it, or set run.folder")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            claim(self.folder, self.kind)
+            sweep_checkpoints(self.folder)
             replace_text(self.folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False))
             self.tokenizer.save(self.folder / "vocab.txt")
             if anew:
@@ -433,22 +508,25 @@ class Trainer:
             signal.signal(number, handler)
 
     def _freeze(self, stage: StageSection) -> None:
-        frozen = set(self.recipe.freeze if stage.freeze is None else stage.freeze)
-        for name in frozen - set(self.model.parts):
-            raise RecipeError(f"stage {stage.name}: freeze: no part {name!r}{nearest(name, self.model.parts)}")
-        self.model.freeze(frozen)
+        self.model.freeze(self.recipe.frozen(stage))
+        self.model.pooling = stage.pool
+        self.model.by_length = self.world.size == 1
 
     def _align(self, stage: StageSection) -> None:
         """The aligning stage; every process computes the same unless the file is there."""
         optimizer = for_stage(self.recipe.optimizer, stage)
         sources = [self.sources[name] for name in stage.sources or self.sources]
-        steps = stage.steps or 600
-        note = lambda text: self.watch("note", {"text": text})  # noqa: E731
-        alignment = Alignment(self.model, self.texts, sources, stage.align, optimizer, steps, self.recipe.seed, note)
+        steps = self.align_steps(stage)
+        others = [source for source in self.sources.values() if source not in sources]
+        alignment = Alignment(
+            self.model, self.texts, sources, stage.align, optimizer, steps, self.recipe.seed, self.watch, others
+        )
         file = self.folder / f"{stage.name}.safetensors"
         with together(self.world):
             if self.world.is_first:
                 self.stand_in = alignment.run(file)
+                if alignment.figures:
+                    self.watch("align", {"stage": stage.name, **alignment.figures})
         with together(self.world):
             if self.stand_in is None:
                 self.stand_in = alignment.run(file)
@@ -467,6 +545,9 @@ class Trainer:
                 part.to(self.world.device)
         module = TrainStep(self.model, self.tasks, self.stand_in)
         self._freeze(stage)
+        cached = recipe.encoder_stays(self.stages[: self.progress.stage + 1])
+        for source in sources:
+            source.cached = cached
         batch_size = sum(source.section.batch_size for source in sources)
         engine = build_engine(module, recipe.engine, optimizer, self.world, batch_size)
         if checkpoint is not None:
@@ -502,7 +583,7 @@ class Trainer:
         TrainStep(self.model, self.tasks, self.stand_in).load_state_dict(state)
 
     def _all_tasks(self) -> dict[str, Any]:
-        return {**TASKS, "caption": CaptionTask(), "patches": PatchTask(self.config, self.model.visual.grid[0])}
+        return {**TASKS, "caption": CaptionTask(), "patches": PatchTask(self.config, self.model.visual.token_grid[0])}
 
     def export(self, state: dict[str, torch.Tensor], name: str, folder: Path | None = None) -> None:
         """Write the model folder ``name`` of the run, or of ``folder``, on the first process.
@@ -517,19 +598,28 @@ class Trainer:
             card = model_card(self.recipe.name, self.config, self.recipe, progress.total, scores)
             save_model((folder or self.folder) / name, self.model, self.tokenizer, self.recipe, card, state=state)
 
+    def evaluates(self, task: str) -> bool:
+        """Whether a task is evaluated in the stage that runs now."""
+        now = self.progress.stage
+        return now >= len(self.stages) or self.recipe.evaluates_in(self.stages[now], task)
+
     def evaluate(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The recipe's evaluations, on the first process: metrics by ``name/task/metric``."""
+        """The recipe's evaluations, on the first process: metrics by ``name/task/metric``.
+
+        Tasks of which nothing has been trained yet are left out.
+        """
         if self.average is not None:
             state = self.average.model.state_dict()
         with hollow():
             model = MplugModel(self.config)
         model.load_state_dict({k: v.detach().float() for k, v in state.items()}, assign=True)
         fill_buffers(model)
+        model.pooling = self.model.pooling
         ready = Ready(model.eval().to(self.world.device), self.tokenizer)
         metrics: dict[str, float] = {}
         for name, section in self.recipe.evaluate.items():
             options = self._evaluation_options(name)
-            for task in section.tasks:
+            for task in filter(self.evaluates, section.tasks):
                 result = evaluated_task(task).evaluate(ready, self.recipe.placed(section), options)
                 metrics |= {f"{name}/{task}/{metric}": value for metric, value in result.metrics.items()}
         return metrics

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mplug_core.data.batches import Batch, Source
+from mplug_core.data.batches import Batch, HeldFeatures, Source
 from mplug_core.data.placement import WHOLE
 from mplug_core.data.records.types import (
     CaptionRecord,
@@ -117,14 +117,15 @@ class Unread:
     ``pixels``, ``features`` and ``stand_in`` of its batches have the right shape and no content.
     """
 
-    def __init__(self, source: Source, config: MplugConfig, cells: int, channels: int) -> None:
-        """``cells`` and ``channels`` of the visual encoder's output, which frozen encoders give once per image."""
+    def __init__(self, source: Source, config: MplugConfig, cells: int, channels: int, cached: bool = True) -> None:
+        """``cells`` and ``channels`` of the visual encoder's output; ``cached``: where it is frozen."""
         self.source = copy.copy(source)
         self.size = config.vision.image_size
+        self.source.cached = cached
         self.source.load = lambda image, rng: (torch.empty(3, self.size, self.size, device="meta"), WHOLE)
         section, images = source.section, len(source.images)
         if section.cached_views and not section.text_only:
-            self.source.features = _zeros((1, images, cells, channels), np.float16)
+            self.source.features = HeldFeatures(_zeros((1, images, cells, channels), np.float32))
             self.source.placements = np.broadcast_to(np.array([1.0, 1.0, 0.0, 0.0]), (1, images, 4))
             self.source.aligned = None
         if section.text_only:
@@ -199,7 +200,8 @@ class Workbench:
     @property
     def texts(self) -> Texts:
         longest = min(self.recipe.data.max_text, self.config.max_positions)
-        return Texts(self.tokenizer, longest, self.recipe.data.max_answers, self.config.text_end)
+        data = self.recipe.data
+        return Texts(self.tokenizer, longest, data.max_answers, self.config.text_end, data.fused_share)
 
     @property
     def model(self) -> MplugModel:
@@ -215,7 +217,7 @@ class Workbench:
             caption = _WrittenCaptions()
             caption.reward = CaptionReward(self.tokenizer) if "self_critical" in self.recipe.wanted() else None
             with hollow():
-                patches = PatchTask(self.config, self.model.visual.grid[0])
+                patches = PatchTask(self.config, self.model.visual.token_grid[0])
             self._tasks = {**TASKS, "caption": caption, "patches": patches}
         return self._tasks
 
@@ -229,9 +231,6 @@ class Workbench:
     def sources_of(self, stage: StageSection) -> list[str]:
         return list(stage.sources or self.sources)
 
-    def frozen_of(self, stage: StageSection) -> set[str]:
-        return set(self.recipe.freeze if stage.freeze is None else stage.freeze)
-
     def likeness(self, name: str) -> Any:
         """Equal for sources whose images cost the same: invented ones of the same tasks."""
         section = self.recipe.data.sources[name]
@@ -239,11 +238,13 @@ class Workbench:
             return name
         return (tuple(section.tasks.items()), section.text_only, bool(section.cached_views))
 
-    def unread(self, name: str) -> Unread:
-        """A source whose pictures are not opened."""
-        visual = self.model.visual
+    def unread(self, name: str, stage: StageSection | None = None) -> Unread:
+        """A source whose pictures are not opened, as ``stage`` (default: the first) draws from it."""
+        visual, stages = self.model.visual, self.stages
         cells = visual.grid[0] * visual.grid[1] + int(visual.is_transformer)
-        return Unread(self.sources[name], self.config, cells, visual.width)
+        before = stages[: stages.index(stage)] if stage in stages else []
+        cached = self.recipe.encoder_stays([*before, stage or stages[0]])
+        return Unread(self.sources[name], self.config, cells, visual.width, cached)
 
 
 @dataclass
@@ -269,8 +270,9 @@ def build_parts(bench: Workbench, stage: StageSection, objectives: Mapping[str, 
     recipe, config = bench.recipe, bench.config
     model = MplugModel(config)
     model.set_checkpointing(recipe.engine.checkpointing)
-    tasks = bench.tasks | {"patches": PatchTask(config, model.visual.grid[0])}
+    tasks = bench.tasks | {"patches": PatchTask(config, model.visual.token_grid[0])}
     teacher, queue = build_teacher(model, recipe.teacher, objectives)
     step = TrainStep(model, tasks, StandIn(config.embed_dim) if config.summary_tokens else None).train()
-    model.freeze(bench.frozen_of(stage))
+    model.freeze(bench.recipe.frozen(stage))
+    model.pooling = stage.pool
     return StepParts(step, teacher, queue)

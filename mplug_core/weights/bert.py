@@ -8,7 +8,6 @@ head that predicts words is BERT's own where its file has it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mplug_core.bounded import read_json
 from mplug_core.data.text import Tokenizer, pad
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.text import TextEncoder
 from mplug_core.recipe import StartSection
+from mplug_core.weights.faults import check_finite
 from mplug_core.weights.official import Account
 from mplug_core.weights.pretrained import Origin, bert_pieces, find_part, read_tensors, weights_in
 
@@ -84,10 +85,10 @@ def open_bert(name: str) -> Bert:
     """
     folder = find_part(name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         width, heads, depth = (int(config[key]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
         tensors = read_tensors(weights_in(folder, FILES))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         hint = "it has config.json, vocab.txt, and model.safetensors or pytorch_model.bin"
         raise CheckpointError(f"{name} is no BERT folder: {reason}", hint) from error
@@ -98,6 +99,8 @@ def open_bert(name: str) -> Bert:
             f"{name} has {config['position_embedding_type']} positions", "give one with absolute ones"
         )
     clean = {_clean(key): value.float() for key, value in tensors.items() if value.is_floating_point()}
+    for key, value in clean.items():
+        check_finite(key, value, name)
     bert = Bert(name, clean, bert_pieces(name), width, heads, depth)
     if WORDS not in clean:
         raise CheckpointError(f"{name} lacks {WORDS}", "give a BERT folder")
@@ -109,7 +112,7 @@ def open_bert(name: str) -> Bert:
 
 
 def _clean(key: str) -> str:
-    key = re.sub(r"^(module\.)?(bert\.)?", "", key)
+    key = re.sub(r"^bert\.", "", key)
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{dict(gamma='weight', beta='bias')[m[1]]}", key)
 
 

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from mplug_core.home import cache_home
+
 HOME_VARIABLE = "MPLUG_HOME"
 OFFLINE_VARIABLES = ("MPLUG_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = ("1", "on", "yes", "true")
@@ -19,8 +21,8 @@ _TRUE = ("1", "on", "yes", "true")
 def home() -> Path:
     """``$MPLUG_HOME``, else ``mplug`` in ``$XDG_CACHE_HOME``, else ``~/.cache/mplug``."""
     if chosen := os.environ.get(HOME_VARIABLE):
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "mplug"
+        return Path(os.path.expanduser(chosen)).absolute()
+    return cache_home() / "mplug"
 
 
 def is_offline() -> bool:

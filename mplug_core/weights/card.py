@@ -5,6 +5,7 @@ A card claims nothing that no file says: what a model was trained from and on, h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from mplug_core.errors import CheckpointError
+from mplug_core.bounded import Unreadable, parse_yaml, read_text
+from mplug_core.errors import CheckpointError, shown_address
 from mplug_core.recipe import EvaluateSection, ModelSection, Recipe
 
 HUB_TASKS = {
@@ -26,9 +28,11 @@ OBJECTIVE_TASKS = {
     "caption": "caption", "self_critical": "caption", "answer": "vqa", "box": "grounding", "itc": "retrieval",
     "statement": "statements", "entailment": "entailment",
 }  # fmt: skip
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_ROW = re.compile(r"^\|\s*([\w.-]+)/([\w.-]+)/([^|\s]+)\s*\|\s*([-+.\deE]+|nan)\s*\|\s*$")
-_WHERE = re.compile(r"^`([\w.-]+)`: (.+?)(?:, split (.+?))?(?:, the first (\d+))?\.$")
+_ROW = re.compile(r"\| *([\w.-]+)/([\w.-]+)/([^|\s]+) *\| *([-+.\deE]+|nan) *\|")
+_WHERE = re.compile(r"`([\w.-]+)`: (.+)\.")
+_FIRST = re.compile(r", the first (\d{1,15})$")
+MAX_LINE = 2000
+"""Characters of a line of a card that are looked at: figures and what they stand for are shorter."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,16 @@ class Card:
     @classmethod
     def parse(cls, text: str, name: str = "README.md") -> Card:
         """Split a card; CheckpointError where its front matter is none."""
-        match = _FRONT.match(text)
-        if match is None:
+        front, body = _halves(text)
+        if front is None:
             return cls({}, text)
         try:
-            fields = yaml.safe_load(match[1])
-        except yaml.YAMLError as error:
-            reason = getattr(error, "problem", None) or "it can't be parsed"
-            raise CheckpointError(f"the front matter of {name} is not YAML: {reason}", "correct it") from error
+            fields = parse_yaml(front)
+        except Unreadable as error:
+            raise CheckpointError(f"the front matter of {name} can't be read: {error}", "correct it") from error
         if fields is not None and not isinstance(fields, dict):
             raise CheckpointError(f"the front matter of {name} is no mapping", "correct it")
-        return cls(fields or {}, text[match.end() :])
+        return cls(fields or {}, body)
 
     @property
     def text(self) -> str:
@@ -82,6 +85,9 @@ class Card:
         tables: list[list[list[str]]] = []
         inside = False
         for line in self.body.splitlines():
+            if len(line) > MAX_LINE:
+                inside = False
+                continue
             cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if "|" in line else []
             if line.strip().startswith("|") and cells:
                 if not inside:
@@ -92,6 +98,15 @@ class Card:
             else:
                 inside = False
         return tables
+
+
+def _halves(text: str) -> tuple[str | None, str]:
+    """What is between a first line ``---`` and the next such line, and what is behind; None where there is none."""
+    lines = text.removeprefix("\ufeff").splitlines(keepends=True)
+    if not lines or lines[0].rstrip() != "---":
+        return None, text
+    end = next((n for n, line in enumerate(lines[1:], 1) if line.rstrip() == "---"), None)
+    return (None, text) if end is None else ("".join(lines[1:end]), "".join(lines[end + 1 :]))
 
 
 def _indexed(index: Any) -> list[Score]:
@@ -112,18 +127,21 @@ def _indexed(index: Any) -> list[Score]:
 
 def _tabled(body: str) -> list[Score]:
     """The figures of rows ``| name/task/metric | value |``, and what ``name`` stands for where a line says so."""
-    places = {match[1]: match for line in body.splitlines() if (match := _WHERE.match(line.strip()))}
+    lines = [line.strip() for line in body.splitlines() if len(line) <= MAX_LINE]
+    places = {match[1]: match[2] for line in lines if (match := _WHERE.fullmatch(line))}
     scores = []
-    for line in body.splitlines():
-        if match := _ROW.match(line.strip()):
+    for line in lines:
+        if match := _ROW.fullmatch(line):
             name, task, metric, figure = match.groups()
             try:
                 value = float(figure)
             except ValueError:  # a dash
                 continue
-            place = places.get(name)
-            data, split, limit = (place[2], place[3], place[4]) if place else (name, None, None)
-            scores.append(Score(task, data, split, metric, value, int(limit) if limit else None))
+            data, limit = places.get(name, name), None
+            if first := _FIRST.search(data):
+                data, limit = data[: first.start()], int(first[1])
+            data, _, split = data.partition(", split ")
+            scores.append(Score(task, data, split or None, metric, value, limit))
     return scores
 
 
@@ -182,12 +200,12 @@ def architecture(config: ModelSection) -> str:
 
 def _training(recipe: Recipe, steps: int | None) -> list[str]:
     """What it was trained from and on, and how."""
-    origin = f" from {recipe.start.model}" if recipe.start.model else ""
+    origin = f" from {shown_address(recipe.start.model)}" if recipe.start.model else ""
     count = f" for {steps} steps" if steps else ""
     lines = ["## Training", "", f"Trained{origin}{count} as `recipe.yaml` says, on:", ""]
     for source in recipe.data.sources.values():
         tasks = ", ".join(source.tasks)
-        lines.append(f"- {source.path}{f', split {source.split}' if source.split else ''} ({tasks})")
+        lines.append(f"- {shown_address(source.path)}{f', split {source.split}' if source.split else ''} ({tasks})")
     lines += ["", "| | |", "|---|---|"]
     lines += [f"| {what} | {value} |" for what, value in training_facts(recipe).items()]
     return lines
@@ -251,12 +269,14 @@ def model_index(name: str, scores: list[Score]) -> list[dict[str, Any]]:
             metric_type=score.metric, metric_value=round(score.value, 6),
         )
         for score in scores
+        if math.isfinite(score.value)
     ]  # fmt: skip
     return ModelCardData(model_name=name, eval_results=results).to_dict()["model-index"]
 
 
 def data_name(path: str) -> str:
     """What a data set is called: the last part of its path, which may end in a file."""
+    path = shown_address(path).partition("?")[0] if "://" in path else path
     pure = PurePath(path.rstrip("/"))
     return (pure.stem if pure.suffix in (".json", ".jsonl", ".csv", ".tsv", ".txt") else pure.name) or path
 
@@ -265,9 +285,9 @@ def read_card(folder: Path) -> Card | None:
     """The card of a model folder, if it has one."""
     file = folder / "README.md"
     try:
-        return Card.parse(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        return Card.parse(read_text(file), str(file)) if file.is_file() else None
+    except Unreadable as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
 def published_card(card: Card | None, name: str, config: ModelSection, recipe: Recipe | None, address: str) -> Card:

@@ -12,7 +12,7 @@ import torch
 from mplug_core.errors import CheckpointError
 from mplug_core.model.config import MplugConfig
 from mplug_core.weights.destination import check_destination
-from mplug_core.weights.faults import broken_values, shown
+from mplug_core.weights.faults import broken_values, check_finite, shown
 from mplug_core.weights.folder import Stored, find_model, read_model, texts_beside, write_folder
 from mplug_core.weights.official import PARTS, Entry, expected_shapes, part_of
 
@@ -92,9 +92,10 @@ def convert_model(
 
 
 def check_values(stored: Stored) -> None:
-    """CheckpointError for weights of a released checkpoint that are not finite or all the same; tensors are given back
-    as they are read."""
+    """CheckpointError for weights that are not finite, and for those of a released checkpoint that are all the same;
+    tensors are given back as they are read."""
     for name, value in stored.state.items():
+        check_finite(name, value, stored.path)
         fault = broken_values(name, value) if stored.account is not None else None
         if fault:
             raise CheckpointError(f"{stored.path}: {fault}", "take another checkpoint")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mplug_core.errors import MplugError
+from mplug_core.errors import MplugError, UsageError
+from mplug_core.outputs import is_within, require_writable
 from mplug_core.weights.quantised import QUANTISATION
 
 NATIVE = {"model.safetensors", "config.json", "vocab.txt", "recipe.yaml", "README.md", QUANTISATION}
@@ -15,18 +16,20 @@ GRAPHS = {"meta.json", "vocab.txt", "README.md"}
 
 
 def check_destination(target: str | Path, source: Path | None = None, force: bool = False) -> None:
-    """MplugError unless ``target`` is free, an empty folder or, with ``force``, a folder of a model and nothing else.
+    """MplugError unless ``target`` is free, an empty folder or, with ``force``, a folder of a model and nothing else,
+    in a place that can be written.
 
-    ``source`` is what is to be written there; neither it nor a folder that it lies in is replaced.
+    ``source`` is what is to be written there; UsageError where it is replaced, or a folder that it lies in.
     """
     place = Path(os.path.realpath(target))
-    if not place.exists():
-        return
-    there = None if source is None else Path(os.path.realpath(source))
-    if there is not None and place in (there, *there.parents):
-        raise MplugError(f"{target} is where the model is that is to be written", "name another folder")
-    if not place.is_dir():
+    if source is not None and is_within(source, place):
+        raise UsageError(f"{target} is where the model is that is to be written", "name another folder")
+    there = os.path.lexists(place)
+    if there and not place.is_dir():
         raise MplugError(f"{target} is a file", "name a folder")
+    require_writable(place.parent if there else place, "name a folder in one that can be written")
+    if not there:
+        return
     try:
         inside = sorted(place.iterdir())
     except OSError as error:

@@ -10,23 +10,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
-import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mplug_core.data.shards.download import AGENT
-from mplug_core.errors import CheckpointError
-from mplug_core.weights.durable import replace_text, sync_folder
+from mplug_core.atomic import replace_text, sync_folder
+from mplug_core.bounded import Unreadable, parse_json, read_json
+from mplug_core.download import AGAIN, Address, Unavailable, open_address, reason_of
+from mplug_core.errors import CheckpointError, shown_address
+from mplug_core.json_text import to_json
 
 Report = Callable[[str, int, "int | None"], None]
 """Told what is downloaded, how many bytes of it are there, and of how many (None: unknown)."""
@@ -41,7 +39,6 @@ PAUSE = 0.5
 """Seconds before the second attempt; each further one waits twice as long, at most 8 s."""
 MAX_LISTING = 1 << 24
 _CHUNK = 1 << 20
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _NO_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -54,10 +51,15 @@ class RemoteFile:
     ``by_hand`` is the hint for who can't download it here.
     """
 
-    url: str
+    url: str = field(repr=False)
     by_hand: str
     size: int | None = None
     sha256: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The URL as messages and notes have it."""
+        return shown_address(self.url)
 
 
 class _Broken(Exception):
@@ -98,9 +100,9 @@ def is_whole(path: Path, remote: RemoteFile) -> bool:
         return True
     note = _read_note(hidden(path, ".json"))
     if [note.get("size"), note.get("changed")] != [status.st_size, status.st_mtime_ns]:
-        note = {"url": remote.url, "sha256": sha256_of(path), "size": status.st_size, "changed": status.st_mtime_ns}
+        note = {"url": remote.shown, "sha256": sha256_of(path), "size": status.st_size, "changed": status.st_mtime_ns}
         with suppress(OSError):  # a cache that can only be read is as good
-            replace_text(hidden(path, ".json"), json.dumps(note) + "\n")
+            replace_text(hidden(path, ".json"), to_json(note) + "\n")
     return note.get("sha256") == remote.sha256
 
 
@@ -133,7 +135,7 @@ def transfer(remote: RemoteFile, path: Path, report: Report) -> None:
         except _Broken as error:
             failures = 1 if part.arrived > before else failures + 1
             if not error.again or failures >= ATTEMPTS:
-                raise unreachable(remote.url, error, remote.by_hand) from error
+                raise unreachable(remote.shown, error, remote.by_hand) from error
             time.sleep(min(PAUSE * 2 ** (failures - 1), 8.0))
     if remote.sha256 is not None and (found := sha256_of(part.path)) != remote.sha256:
         part.discard()
@@ -141,7 +143,7 @@ def transfer(remote: RemoteFile, path: Path, report: Report) -> None:
             transfer(remote, path, report)
             return
         raise CheckpointError(
-            f"{remote.url} has another SHA-256 than it should: {found[:16]}..., not {remote.sha256[:16]}...",
+            f"{remote.shown} has another SHA-256 than it should: {found[:16]}..., not {remote.sha256[:16]}...",
             "the file has changed or was damaged on its way: it is not kept",
             "checksum",
         )
@@ -198,15 +200,15 @@ def read_listing(url: str, by_hand: str) -> Any:
                 data = answer.read(MAX_LISTING + 1)
             break
         except (OSError, http.client.HTTPException) as error:
-            fault = _Broken(_reason(error))
+            fault = _Broken(reason_of(error))
         except _Broken as error:
             fault = error
         if not fault.again or attempt == ATTEMPTS:
             raise unreachable(url, fault, by_hand) from fault
         time.sleep(min(PAUSE * 2 ** (attempt - 1), 8.0))
     try:
-        return json.loads(data)
-    except ValueError as error:
+        return parse_json(data)
+    except Unreadable as error:
         raise CheckpointError(f"{url} answers with no list of files", by_hand, "no_file") from error
 
 
@@ -243,13 +245,13 @@ class _Part:
             self._check(answer, start, total)
             if not start:
                 self.path.unlink(missing_ok=True)
-                about = {"url": self.remote.url, "sha256": self.remote.sha256, "total": total}
-                replace_text(self.note, json.dumps(about | {"validator": _validator(answer)}) + "\n")
+                about = {"url": self.remote.shown, "sha256": self.remote.sha256, "total": total}
+                replace_text(self.note, to_json(about | {"validator": _validator(answer)}) + "\n")
             self._receive(answer, start, total, report)
         return start > 0
 
     def _is_resumable(self, known: dict[str, Any]) -> bool:
-        same = known.get("url") == self.remote.url and known.get("sha256") == self.remote.sha256
+        same = known.get("url") == self.remote.shown and known.get("sha256") == self.remote.sha256
         return same and bool(known.get("validator") or self.remote.sha256)
 
     def _agreed(self, answer: Any, start: int, known: dict[str, Any]) -> tuple[int, int | None]:
@@ -273,7 +275,7 @@ class _Part:
 
     def _check(self, answer: Any, start: int, total: int | None) -> None:
         """CheckpointError for an answer that can't be the file; OSError where the disk has no room for it."""
-        url, by_hand = self.remote.url, self.remote.by_hand
+        url, by_hand = self.remote.shown, self.remote.by_hand
         kind = answer.headers.get_content_type()
         if kind in ("text/html", "application/xhtml+xml"):
             raise CheckpointError(
@@ -318,13 +320,13 @@ class _Part:
         """CheckpointError where the first bytes are those of something that stands for a file."""
         if re.match(rb"\s*<(!doctype html|html)", beginning[:512], re.IGNORECASE):
             raise CheckpointError(
-                f"{self.remote.url} answers with a web page, not with a file",
+                f"{self.remote.shown} answers with a web page, not with a file",
                 f"is there a login or a proxy? {self.remote.by_hand}",
                 "no_file",
             )
         if beginning.startswith(b"version https://git-lfs"):
             raise CheckpointError(
-                f"{self.remote.url} is a git-lfs pointer, not the file",
+                f"{self.remote.shown} is a git-lfs pointer, not the file",
                 "give the address of the file itself",
                 "no_file",
             )
@@ -336,7 +338,7 @@ class _Part:
     def keep(self) -> None:
         """Put the whole file to its place, with a note of what it is."""
         status = self.path.stat()
-        about = {"url": self.remote.url, "sha256": self.remote.sha256}
+        about = {"url": self.remote.shown, "sha256": self.remote.sha256}
         about |= {"size": status.st_size, "changed": status.st_mtime_ns}
         os.replace(self.path, self.target)
         self.note.unlink(missing_ok=True)
@@ -344,7 +346,7 @@ class _Part:
             hidden(self.target, ".json").unlink(missing_ok=True)
             sync_folder(self.target.parent)
         else:
-            replace_text(hidden(self.target, ".json"), json.dumps(about) + "\n")
+            replace_text(hidden(self.target, ".json"), to_json(about) + "\n")
 
 
 @contextmanager
@@ -353,84 +355,34 @@ def _open(remote: RemoteFile, headers: dict[str, str], again: bool = False) -> I
 
     ``again``: the server answered before, so that a failure to connect may pass.
     """
-    request = urllib.request.Request(
-        remote.url, headers={"User-Agent": AGENT, "Accept-Encoding": "identity", **headers}
-    )
+    headers = {"Accept-Encoding": "identity", **headers}
     try:
-        answer = _opener().open(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and "Range" in headers:
+        with open_address(Address.parse(remote.url), headers, TIMEOUT, CONNECT_TIMEOUT) as answer:
+            yield answer
+    except Unavailable as error:
+        if error.status == 416 and "Range" in headers:
             raise _OtherFile from error
-        if error.code in _AGAIN:
-            raise _Broken(f"status {error.code}") from error
-        raise _refused(remote, error.code) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        cut = isinstance(getattr(error, "reason", error), ConnectionResetError)
-        raise _Broken(_reason(error), again=again or cut) from error
-    if answer is None:  # a redirect to where no handler leads
-        raise _Broken("it leads to no http or https address", again=False)
-    with answer:
-        yield answer
-
-
-class _Reached:
-    """A connection that is made within CONNECT_TIMEOUT, and waits longer for answers."""
-
-    def connect(self) -> None:
-        patience, self.timeout = self.timeout, min(CONNECT_TIMEOUT, self.timeout)
-        super().connect()  # type: ignore[misc]
-        self.sock.settimeout(patience)  # type: ignore[attr-defined]
-
-
-class _Http(_Reached, http.client.HTTPConnection):
-    pass
-
-
-class _Https(_Reached, http.client.HTTPSConnection):
-    pass
-
-
-class _HttpHandler(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_Http, request)
-
-
-class _HttpsHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_Https, request, context=ssl.create_default_context())
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Only http and https, also after a redirect; made anew, as variables may name another proxy."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler, _HttpHandler, _HttpsHandler, urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor, urllib.request.HTTPRedirectHandler,
-    ):  # fmt: skip
-        opener.add_handler(handler())
-    return opener
+        if error.status in AGAIN:
+            raise _Broken(f"status {error.status}") from error
+        if error.code == "status" and not 300 <= error.status < 400:
+            raise _refused(remote, error.status) from error
+        cut = isinstance(getattr(error.__cause__, "reason", error.__cause__), ConnectionResetError)
+        raise _Broken(str(error), again=error.again and (again or cut)) from error
 
 
 def _refused(remote: RemoteFile, status: int) -> CheckpointError:
     if status in (404, 410):
-        return CheckpointError(f"there is no {remote.url} (status {status})", "check the name", "not_found")
+        return CheckpointError(f"there is no {remote.shown} (status {status})", "check the name", "not_found")
     if status in (401, 403):
-        return CheckpointError(f"{remote.url} may not be read (status {status})", remote.by_hand, "denied")
-    return CheckpointError(f"{remote.url} can't be had: status {status}", remote.by_hand, "unreachable")
+        return CheckpointError(f"{remote.shown} may not be read (status {status})", remote.by_hand, "denied")
+    return CheckpointError(f"{remote.shown} can't be had: status {status}", remote.by_hand, "unreachable")
 
 
 def _read(answer: Any) -> bytes:
     try:
         return answer.read1(_CHUNK)
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    inner = getattr(error, "reason", None)
-    error = inner if isinstance(inner, BaseException) else error
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise _Broken(reason_of(error)) from error
 
 
 def _validator(answer: Any) -> str | None:
@@ -441,7 +393,7 @@ def _validator(answer: Any) -> str | None:
 
 def _read_note(path: Path) -> dict[str, Any]:
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        note = read_json(path)
+    except Unreadable:
         return {}
     return note if isinstance(note, dict) else {}

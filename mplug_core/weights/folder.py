@@ -18,9 +18,10 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mplug_core.atomic import whole_folder
 from mplug_core.data.text import Tokenizer
 from mplug_core.device import choose_dtype
-from mplug_core.errors import CheckpointError, UsageError
+from mplug_core.errors import CheckpointError, UsageError, values_without_secrets
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
@@ -28,8 +29,14 @@ from mplug_core.model.vision import VisualEncoder, resize_positions
 from mplug_core.recipe import MODEL_VARIABLE, Recipe
 from mplug_core.tasks.task import Ready
 from mplug_core.weights import hub
-from mplug_core.weights.durable import whole_folder
-from mplug_core.weights.faults import absent_parts, check_conversion, head_faults, raise_first, without_parts
+from mplug_core.weights.faults import (
+    absent_parts,
+    check_conversion,
+    check_finite,
+    head_faults,
+    raise_first,
+    without_parts,
+)
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.official import Conversion, patches
 from mplug_core.weights.quantised import (
@@ -44,10 +51,13 @@ from mplug_core.weights.quantised import (
     with_int8_layers,
 )
 from mplug_core.weights.released import read_released, released_files
+from mplug_core.weights.sharded import files_of, index_in
 from mplug_core.weights.tensor_files import TensorFile
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 """Texts beside the weights, which a folder takes over from the model that it was made of."""
+OWN = "visual.backbone."
+"""What the names of our visual tensors begin with, and those of no released file."""
 LEAVABLE = ("text", "fusion", "decoder")
 """Parts of a model that some task does without."""
 FINETUNE = "mplug finetune --model makes a complete model of it"
@@ -80,7 +90,9 @@ def save_model(
     texts = {} if card is None else {CARD: card}
     if recipe is not None:
         # what was set, also to a default: left out, the named size would take its place when read again
-        texts[RECIPE] = yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        # the folder may be handed on, so that passwords of addresses stay here
+        values = values_without_secrets(recipe.model_dump(mode="json", exclude_unset=True))
+        texts[RECIPE] = yaml.safe_dump(values, sort_keys=False)
     write_folder(folder, model.config, tokenizer, model.state_dict() if state is None else state, dtype, texts)
 
 
@@ -241,7 +253,20 @@ def read_model(spec: str | None = None, image_size: int | None = None, allow_mis
 
 def is_native(folder: Path) -> bool:
     """Whether a folder is to be read as one of ours: by its weights, or its configuration where no others are."""
-    return (folder / "model.safetensors").exists() or ((folder / "config.json").exists() and not released_files(folder))
+    if (folder / "model.safetensors").exists():
+        return True
+    if not (folder / "config.json").exists():
+        return False
+    index = index_in(folder)
+    if index is None:
+        return not released_files(folder)
+    return any(name.startswith(OWN) for names in files_of(index).values() for name in names)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a native folder's weights: one, or those that an index names."""
+    whole, index = folder / "model.safetensors", index_in(folder)
+    return [whole] if whole.exists() or index is None else list(files_of(index))
 
 
 def read_description(folder: Path) -> tuple[MplugConfig, Tokenizer]:
@@ -259,14 +284,16 @@ def read_description(folder: Path) -> tuple[MplugConfig, Tokenizer]:
 def read_native(folder: Path, image_size: int | None = None) -> Stored:
     """The tensors of a native folder; CheckpointError if it is none."""
     config, tokenizer = read_description(folder)
-    file = folder / "model.safetensors"
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}", "copy the folder again") from error
+    files = weight_files(folder)
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}", "copy the folder again") from error
     if image_size is not None and image_size != config.vision.image_size:
         config = resize(config, state, image_size)
-    return Stored(config, tokenizer, state, folder, release=MappedPages(file).release)
+    return Stored(config, tokenizer, state, folder, release=MappedPages(*files).release)
 
 
 def resize(config: MplugConfig, state: dict[str, torch.Tensor], image_size: int) -> MplugConfig:
@@ -281,7 +308,7 @@ def resize(config: MplugConfig, state: dict[str, torch.Tensor], image_size: int)
         rows = state[patch_positions][0]
         state[patch_positions] = resize_positions(rows, visual.grid, visual.backbone.num_prefix_tokens)[None]
     if cell_positions in state:
-        state[cell_positions] = resize_positions(state[cell_positions], visual.grid, 0)
+        state[cell_positions] = resize_positions(state[cell_positions], visual.token_grid, 0)
     return resized
 
 
@@ -297,7 +324,8 @@ def load_model(
     Parameters are mapped from the file, not built and overwritten; those of another type are converted one after the
     other. ``without`` names parts (of :data:`LEAVABLE`) that the task at hand does not use (for captions ``text`` and
     ``fusion``): they stay on the meta device, and a call of one is a CheckpointError. ``image_size`` in pixels: see
-    :func:`read_model`. CheckpointError for a folder that is not a model or whose tensors don't fit its configuration.
+    :func:`read_model`. CheckpointError for a folder that is not a model, whose tensors don't fit its configuration, or
+    with weights that are not finite.
     """
     without = _checked(without)
     stored = read_model(spec, image_size)
@@ -319,6 +347,7 @@ def load_model(
         value = state.pop(name)
         if skipped and name.startswith(skipped):
             continue
+        check_finite(name, value, folder, state)
         wanted[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
         if wanted[name] is not value:
             stored.release(value)

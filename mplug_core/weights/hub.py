@@ -6,16 +6,18 @@ Nothing is downloaded where ``MPLUG_OFFLINE`` or ``HF_HUB_OFFLINE`` is set.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Protocol
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
-from mplug_core.errors import CheckpointError
+from mplug_core.download import Address, Unavailable, is_address
+from mplug_core.errors import CheckpointError, shown_address
 from mplug_core.weights.cache import home, is_offline, place_of_url
 from mplug_core.weights.download import RemoteFile, Report, fetch_file, is_whole
 from mplug_core.weights.registry import RELEASED
@@ -51,26 +53,19 @@ class UrlModel:
     def __init__(self, spec: str) -> None:
         self.spec = spec
         try:
-            parts = urlsplit(spec)
-            host, _ = parts.hostname, parts.port
-        except ValueError as error:
-            raise CheckpointError(f"{spec} is no URL: {error}", "https://host/model.pth", "bad_name") from error
-        if not host or PurePosixPath(parts.path).suffix.lower() not in ALONE:
+            address = Address.parse(spec)
+        except Unavailable as error:
+            shown = shown_address(spec)
+            raise CheckpointError(f"{shown} is no URL: {error}", "https://host/model.pth", "bad_name") from error
+        if PurePosixPath(urlsplit(address.url).path).suffix.lower() not in ALONE:
             raise CheckpointError(
-                f"{spec} leads to no file of weights ({', '.join(ALONE)})",
+                f"{address.shown} leads to no file of weights ({', '.join(ALONE)})",
                 "a repository is hf:org/name or ms:org/name; anything else: download it and give --model PATH",
                 "bad_name",
             )
-        url = urlunsplit(
-            parts._replace(
-                path=quote(parts.path, safe="/%:@!$&'()*+,;=~-._"),
-                query=quote(parts.query, safe="/%:@!$&'()*+,;=~-._?"),
-                fragment="",
-            )
-        )
-        self.place = place_of_url(url)
+        self.place = place_of_url(address.url)
         self.by_hand = f"fetch it by hand as {self.place}"
-        self.remote = RemoteFile(url, self.by_hand, sha256=_sha256_in(spec, parts.fragment))
+        self.remote = RemoteFile(spec, self.by_hand, sha256=_sha256_in(address.shown, address.fragment))
 
     def cached(self) -> Path | None:
         return self.place if is_whole(self.place, self.remote) else None
@@ -98,9 +93,9 @@ def sources(spec: str) -> list[Source]:
     """The places that ``spec`` may come from, in their order; CheckpointError for what is no name."""
     if spec in RELEASED:
         return [source for inner in RELEASED[spec].sources for source in sources(inner)]
-    scheme = spec.split(":", 1)[0].lower()
-    if scheme in ("http", "https"):
+    if is_address(spec):
         return [UrlModel(spec)]
+    scheme = spec.split(":", 1)[0].lower()
     if scheme == "hf":
         from mplug_core.weights.huggingface import HuggingFaceModel
 
@@ -113,12 +108,53 @@ def sources(spec: str) -> list[Source]:
 
 
 def hint_for(spec: str) -> str:
-    """What to do about a name that is neither a path nor known."""
+    """What to do about a name that is neither a path nor known: of a path, where it ends to be there."""
     if near := get_close_matches(spec, RELEASED, n=1):
         return f"is it {near[0]}? mplug model ls has the names"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec):
-        return f"a folder with config.json and model.safetensors, a released checkpoint, or hf:{spec}"
+    if near_path := _nearest_path(spec):
+        return f"is it {near_path}?"
+    if _looks_like_path(spec):
+        missing = _first_missing(Path(spec))
+        here = f"there is no {missing.name} {'here' if str(missing.parent) == '.' else f'in {missing.parent}'}"
+        # a name of two parts, of which the first is nowhere, may be one of Hugging Face's
+        org = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", spec)
+        if org and missing.name == org[1] not in FOLDERS and PurePosixPath(spec).suffix.lower() not in ALONE:
+            return f"{here}; if it is a model of Hugging Face: hf:{spec}"
+        return f"{here}: a folder with config.json and model.safetensors, a run folder, or a released checkpoint"
     return "a folder with config.json and model.safetensors, a released checkpoint, hf:org/name, or mplug model ls"
+
+
+FOLDERS = ("runs", "models", "model", "checkpoints", "weights", "data", "output", "out", "tmp", "home")
+"""What people call their folders: no organisation on a hub is meant."""
+
+
+def _looks_like_path(spec: str) -> bool:
+    """Whether a name is meant as a path: it has a slash, a suffix of weights, or begins like one."""
+    separators = [separator for separator in ("/", os.sep, os.altsep) if separator]
+    return spec.startswith(("~", ".")) or any(s in spec for s in separators) or bool(PurePath(spec).suffix)
+
+
+def _first_missing(path: Path) -> Path:
+    """The first part of a path that is not there."""
+    for part in (*reversed(path.parents), path):
+        if not os.path.lexists(part):
+            return part
+    return path
+
+
+def _nearest_path(spec: str) -> str | None:
+    """What is there and is spelled nearly as ``spec``, in its first part that is not there; None without such."""
+    missing = _first_missing(Path(spec))
+    try:
+        names = [name for name in os.listdir(missing.parent) if name[0] != "."]
+    except OSError:
+        return None
+    near = get_close_matches(missing.name, names, n=1, cutoff=0.75)
+    if not near:
+        return None
+    rest = Path(spec).relative_to(missing).parts
+    found = missing.parent.joinpath(near[0], *rest)
+    return str(found) if os.path.exists(found) else str(missing.parent / near[0])
 
 
 def cached(spec: str) -> Path | None:

@@ -18,18 +18,18 @@ DONT_NEED = 4
 
 
 class MappedPages:
-    """Where a file is mapped into this process, as Linux tells it; elsewhere nowhere, and nothing is given back."""
+    """Where files are mapped into this process, as Linux tells it; elsewhere nowhere, and nothing is given back."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, *files: Path) -> None:
         self._ranges: list[tuple[int, int]] = []
-        name = os.path.realpath(file)
+        names = {os.path.realpath(file) for file in files}
         try:
             lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         except OSError:
             return
         for line in lines:
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] == name:
+            if len(fields) == 6 and fields[5] in names:
                 begin, _, end = fields[0].partition("-")
                 self._ranges.append((int(begin, 16), int(end, 16)))
 

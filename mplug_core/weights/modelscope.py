@@ -7,15 +7,14 @@ authors' own checkpoints.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mplug_core.bounded import Unreadable, read_json, read_yaml, shown
 from mplug_core.errors import CheckpointError
+from mplug_core.recipe import quoted
 
 TASK_FILE, SETTINGS, BERT, WEIGHTS = "configuration.json", "config.yaml", "config_bert.json", "pytorch_model.bin"
 BERT_KEYS = {
@@ -91,11 +90,9 @@ def _mapping(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or f"it is not {file.suffix[1:].upper()}"
-        raise CheckpointError(f"cannot read {file}: {reason}", "download the folder again") from error
+        values = read_json(file) if file.suffix == ".json" else read_yaml(file)
+    except Unreadable as error:
+        raise CheckpointError(f"cannot read {file}: {error}", "download the folder again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"cannot read {file}: it is no mapping", "download the folder again")
     return values
@@ -115,7 +112,8 @@ def _number(folder: Path, values: dict[str, Any], key: str, kind: type) -> Any:
         wanted = f"must be {least} or more"
     else:
         return value
-    raise CheckpointError(f"{folder}: {key} is {values[key]!r}, and {wanted}", "download the folder again")
+    told = quoted(values[key]) if isinstance(values[key], str | int | float) else shown(values[key], 60)
+    raise CheckpointError(f"{folder}: {key} is {told}, and {wanted}", "download the folder again")
 
 
 def _count(folder: Path, values: dict[str, Any], key: str) -> int | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from mplug_core.atomic import replace_folder
 from mplug_core.errors import CheckpointError
 from mplug_core.weights.cache import home, safe_name
 from mplug_core.weights.download import (
@@ -23,7 +25,6 @@ from mplug_core.weights.download import (
     transfer,
     unreachable,
 )
-from mplug_core.weights.durable import replace_folder
 from mplug_core.weights.repository import RepositoryName, model_in, wanted_files
 
 
@@ -100,18 +101,21 @@ class ModelScopeModel:
             if not answer.get("Success", True):
                 raise self._absent()
             entries: list[dict[str, Any]] = answer["Data"]["Files"]
-            return {
-                entry["Path"]: RemoteFile(
-                    f"{api}?{urlencode({'Revision': self.revision, 'FilePath': entry['Path']})}",
-                    self.by_hand,
-                    entry.get("Size"),
-                    (entry.get("Sha256") or "").lower() or None,
-                )
-                for entry in entries
-                if entry.get("Type") != "tree"
-            }
-        except (AttributeError, KeyError, TypeError) as error:
+            return dict(self._listed(api, entry) for entry in entries if entry.get("Type") != "tree")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{url} answers with no list of files", self.by_hand, "no_file") from error
+
+    def _listed(self, api: str, entry: dict[str, Any]) -> tuple[str, RemoteFile]:
+        """Name and place of a file; ValueError for an entry that is none."""
+        path, size, digest = entry["Path"], entry.get("Size"), entry.get("Sha256") or None
+        if not isinstance(path, str) or not path or not path.isprintable():
+            raise ValueError("a file without a name")
+        if size is not None and (type(size) is not int or not 0 <= size < 1 << 50):
+            raise ValueError(f"{path} has a size that is none")
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch(r"[0-9a-fA-F]{64}", digest)):
+            raise ValueError(f"{path} has a checksum that is none")
+        url = f"{api}?{urlencode({'Revision': self.revision, 'FilePath': path})}"
+        return path, RemoteFile(url, self.by_hand, size, digest.lower() if digest else None)
 
     def _absent(self) -> CheckpointError:
         at = f" at revision {self.repository.revision}" if self.repository.revision else ""

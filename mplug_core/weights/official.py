@@ -22,6 +22,7 @@ from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import resize_positions
+from mplug_core.weights.tensor_names import DAMAGED, check_storage, innermost, named_tensors, plain_name, same
 
 PARTS = ("visual", "text", "fusion", "decoder", "contrastive", "matching", "masked")
 
@@ -64,15 +65,10 @@ WRAPPERS = ("model", "module", "state_dict")
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint with clean, canonical released names."""
-    while inner := next((w for w in WRAPPERS if isinstance(checkpoint.get(w), Mapping)), None):
-        checkpoint = checkpoint[inner]
     tensors: dict[str, Tensor] = {}
-    for name, value in checkpoint.items():
-        if not isinstance(value, Tensor):
-            continue
-        if value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError(f"{name} is no plain tensor", DAMAGED)
-        clean = canonical(str(name))
+    for name, value in named_tensors(innermost(checkpoint, WRAPPERS)).items():
+        check_storage(name, value)
+        clean = canonical(name)
         if clean in tensors and not same(tensors[clean], value):
             raise CheckpointError(f"two different tensors of this checkpoint are {clean}", "is it a mix of two models?")
         tensors[clean] = value
@@ -81,16 +77,9 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same; without looking where they are one, or where there is nothing to look at."""
-    if one.shape != other.shape:
-        return False
-    return one.is_meta or other.is_meta or one.data_ptr() == other.data_ptr() or torch.equal(one, other)
-
-
 def canonical(name: str) -> str:
     """One spelling for each released name."""
-    name = re.sub(r"^(module\.|model\.)+", "", name)
+    name = re.sub(r"^(model\.)+", "", plain_name(name))
     return re.sub(r"^(text_encoder|fusion_encoder)(_m)?\.(bert|fusion)\.", r"\1\2.", name)
 
 
@@ -113,7 +102,6 @@ PROJECTIONS = ("vision_proj", "text_proj")
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DAMAGED = "take the file from where it was published"
 
 
 def matrix(tensors: Mapping[str, Tensor], name: str, dimensions: int = 2) -> Tensor:

@@ -9,7 +9,6 @@ go together. Packages ``onnx``, ``onnxscript`` and ``onnxruntime`` are needed: `
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -21,21 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mplug_core.atomic import whole_folder
 from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError, MplugError
+from mplug_core.json_text import to_json
 from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.caption import CaptionTask, forbidden_tokens
 from mplug_core.tasks.task import own_decoding
 from mplug_core.tasks.vqa import VqaTask
-from mplug_core.weights.durable import whole_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
 TOLERANCE = 1e-3
 """Largest difference to PyTorch that a graph may show anywhere in its outputs."""
 META = "meta.json"
+OPERATORS = ("opset", "operator", "nsupported", "decompos", "No ONNX function")
+"""Words of the exporter's errors that another set of operators may answer."""
+REPORT = "another torch, onnx or onnxruntime may do it; please report it with the model's config.json"
 
 
 class ImageGraph(nn.Module):
@@ -263,10 +266,10 @@ def export_onnx(
                 if not differences[graph.name] <= TOLERANCE:
                     raise MplugError(
                         f"graph {graph.name} differs from PyTorch by {differences[graph.name]:.2g}",
-                        f"the limit is {TOLERANCE:g}; try another --opset",
+                        f"the limit is {TOLERANCE:g}; {REPORT}",
                     )
             about = describe(model.config, tokenizer, graphs, differences, opset)
-            (beside / META).write_text(json.dumps(about, indent=1))
+            (beside / META).write_text(to_json(about, indent=1))
             tokenizer.save(beside / "vocab.txt")
             (beside / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
@@ -293,7 +296,8 @@ def write_graph(graph: Graph, file: Path, opset: int) -> None:
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise MplugError(f"graph {graph.name} can't be exported: {reason}", "try another --opset") from error
+        hint = "try another --opset" if any(word in str(cause) for word in OPERATORS) else REPORT
+        raise MplugError(f"graph {graph.name} can't be exported: {reason}", hint) from error
 
 
 def _nested(graph: Graph, values: list[Any]) -> tuple[Any, ...]:
@@ -319,7 +323,8 @@ def largest_difference(graph: Graph, file: Path) -> float:
         session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own exceptions have no common base
         reason = str(error).splitlines()[0]
-        raise MplugError(f"onnxruntime can't load graph {graph.name}: {reason}", "try another --opset") from error
+        hint = f"try another --opset; {REPORT}"
+        raise MplugError(f"onnxruntime can't load graph {graph.name}: {reason}", hint) from error
     generator = torch.Generator().manual_seed(1)
     worst = 0.0
     for sizes in CHECKED:
@@ -331,12 +336,12 @@ def largest_difference(graph: Graph, file: Path) -> float:
             computed = session.run(list(graph.outputs), fed)
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise MplugError(f"onnxruntime can't run graph {graph.name}: {reason}", "try another --opset") from error
+            raise MplugError(f"onnxruntime can't run graph {graph.name}: {reason}", REPORT) from error
         for found, value in zip(computed, expected, strict=True):
             if found.shape != tuple(value.shape):
                 raise MplugError(
                     f"graph {graph.name} gives {found.shape} where PyTorch gives {tuple(value.shape)}",
-                    "try another --opset",
+                    REPORT,
                 )
             if value.numel():
                 worst = max(worst, float((torch.from_numpy(found).float() - value.float()).abs().max()))
@@ -364,6 +369,7 @@ def describe(
             "text_end": config.text_end,
         },
         "classifiers": {name: c.model_dump() for name, c in config.classifiers.items()},
+        "calibration": {name: c.model_dump() for name, c in config.calibration.items()},
         "decoding": {"caption": caption.model_dump(mode="json"), "vqa": vqa.model_dump(mode="json")},
         "graphs": {
             graph.name: {
@@ -381,6 +387,8 @@ def describe(
             "positions follow from the length of the past",
             "retrieval": "dot product of image_feature and text_feature; matching: softmax of matching_logits, index 1",
             "classifier": "fused_text[:, 0] of each image of the example, joined on the last axis",
+            "calibration": "statement, entailment, choices: softmax(scores / temperature); vqa, grounding: "
+            "sigmoid(log(p / (1 - p)) / temperature + bias) of the probability p of the whole text, or of an overlap",
         },
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ from mplug_core.data.text import Tokenizer
 from mplug_core.errors import CheckpointError
 from mplug_core.weights import hub
 from mplug_core.weights.pickled import read_pickled
+from mplug_core.weights.sharded import index_in, index_of, is_index, read_sharded
+from mplug_core.weights.tensor_names import innermost, named_tensors
 from mplug_core.weights.torchscript import is_torchscript, read_torchscript
 
 PACKAGES = {
@@ -65,10 +68,11 @@ def is_here(name: str) -> bool:
 
 
 def weights_in(place: Path, names: Sequence[str]) -> Path:
-    """A file, or the first of ``names`` in a folder; CheckpointError if it has none of them."""
+    """A file, or the first of ``names`` in a folder, else the index of several files; CheckpointError if there is
+    none."""
     if not place.is_dir():
         return place
-    found = next((place / name for name in names if (place / name).is_file()), None)
+    found = next((place / name for name in names if (place / name).is_file()), None) or index_in(place)
     if found is None:
         raise CheckpointError(f"{place} has no weights", f"they are in {' or '.join(names)}")
     return found
@@ -79,20 +83,27 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Nothing that is pickled is run. CheckpointError for a file that is damaged or holds none.
     """
+    file = index_of(file)
     try:
-        content = load_file(file) if file.suffix == ".safetensors" else None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}", "give a file of tensors") from error
-    if content is None:
-        content = read_torchscript(file) if is_torchscript(file) else read_pickled(file)
-    while isinstance(content, Mapping) and (
-        inner := next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
-    ):
-        content = content[inner]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+        content = innermost(read_sharded(file, _content) if is_index(file) else _content(file), WRAPPERS)
+        tensors = named_tensors(content) if isinstance(content, Mapping) else {}
+    except CheckpointError as error:
+        if str(file.parent) in error.message:
+            raise
+        raise CheckpointError(f"{file}: {error.message}", error.hint) from error
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors by name", "give a file of tensors")
     return tensors
+
+
+def _content(file: Path) -> Any:
+    """What is in one file."""
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}", "give a file of tensors") from error
+    return read_torchscript(file) if is_torchscript(file) else read_pickled(file)
 
 
 def bert_pieces(name: str) -> list[str]:

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mplug_core.errors import CheckpointError, MplugError, RecipeError
+from mplug_core.errors import CheckpointError, MplugError, RecipeError, UsageError
 from mplug_core.model.config import MplugConfig
 from mplug_core.recipe import check_recipe, read_yaml
 from mplug_core.weights.card import Card, published_card, read_card
-from mplug_core.weights.folder import find_model
+from mplug_core.weights.folder import EMBEDDED, find_model
 from mplug_core.weights.huggingface import quiet_hub
 from mplug_core.weights.quantised import QUANTISATION
 from mplug_core.weights.summary import read_heads
@@ -52,10 +52,12 @@ def prepare(
     revision: str | None = None,
     message: str | None = None,
     licence: str | None = None,
+    force: bool = False,
 ) -> Push:
     """Check a model folder and write its card, without any network; CheckpointError where it is not complete.
 
-    ``licence`` is an identifier such as apache-2.0 for the card's front matter.
+    ``licence`` is an identifier such as apache-2.0 for the card's front matter. UsageError where it allows what the
+    card does not, unless ``force``: then that is a note.
     """
     folder = find_model(spec)
     if not folder.is_dir() or any(not (folder / name).is_file() for name in REQUIRED):
@@ -74,13 +76,51 @@ def prepare(
         if places:
             notes.append(f"recipe.yaml is published, too, and names folders of this machine, such as {places[0]}")
     name = target.repository.partition("/")[2]
-    card = published_card(read_card(folder), name, config, recipe, str(target))
+    own = read_card(folder)
+    card = published_card(own, name, config, recipe, str(target))
     if licence:
+        said = licence_against(licence, own) if own is not None else None
+        if said is None and recipe is not None and recipe.start.model:
+            said = _licence_of_start(licence, recipe.start.model)
+        if said is not None and not force:
+            raise UsageError(f"--license {licence}, and {said}", "correct README.md or the licence, or --force")
+        if said is not None:
+            notes.append(f"published as {licence}, and {said}")
         card.fields["license"] = licence
     elif "license" not in card.fields:
         notes.append("the card states no licence, so nobody may use the model: give --license")
     files = [folder / name for name in FILES if (folder / name).is_file()]
     return Push(target, folder, files, card, private, revision, message or f"Upload {name}", notes)
+
+
+def licence_against(licence: str, card: Card, whose: str = "the card") -> str | None:
+    """What a card says that an identifier of a licence is against; None where it says nothing of the kind."""
+    stated = card.fields.get("license")
+    stated = [str(one) for one in stated] if isinstance(stated, list) else [] if stated is None else [str(stated)]
+    if stated and licence.lower() not in [one.lower() for one in stated]:
+        return f"{whose} states {', '.join(stated)}"
+    if re.search(r"(?:^|-)nc(?:-|$)|non-?commercial", licence.lower()):
+        return None
+    found = _NOT_COMMERCIAL.search(card.body)
+    return f"{whose} says {' '.join(found[0].split())!r}" if found else None
+
+
+_NOT_COMMERCIAL = re.compile(
+    r"non[\s-]?commercial|\b(?:not|no)\b[^.,:;\n]{0,20}\bcommercial"
+    r"|\b(?:research|academic|scientific)(?:\s+(?:use|purposes))?\s+only",
+    re.IGNORECASE,
+)
+"""Words by which cards say that a model may not be used for money."""
+
+
+def _licence_of_start(licence: str, start: str) -> str | None:
+    """What the card of the model that a run started from says against a licence, if that model is on this machine."""
+    try:
+        place = EMBEDDED if start == "mini" else Path(start)
+        card = read_card(place) if place.is_dir() else None
+    except (CheckpointError, OSError):
+        return None
+    return licence_against(licence, card, f"the card of {start}, which it started from,") if card else None
 
 
 def push(plan: Push, note: Callable[[str], None] = lambda text: None) -> str:

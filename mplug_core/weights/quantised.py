@@ -8,7 +8,6 @@ are floats again. ``quantization.json`` beside the weights says so.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mplug_core.bounded import read_json
 from mplug_core.errors import CheckpointError
+from mplug_core.json_text import to_json
 from mplug_core.model.hollow import hollow
 
 QUANTISATION = "quantization.json"
@@ -131,7 +132,7 @@ def with_int8_layers(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 
 def describe_quantisation(state: Mapping[str, Tensor]) -> str:
     """``quantization.json`` of a quantised state."""
-    return json.dumps({**METHOD, "tensors": quantised_names(state)}, indent=1) + "\n"
+    return to_json({**METHOD, "tensors": quantised_names(state)}, indent=1) + "\n"
 
 
 def check_quantisation(folder: Path) -> None:
@@ -140,7 +141,7 @@ def check_quantisation(folder: Path) -> None:
     if not file.exists():
         return
     try:
-        method = json.loads(file.read_text(encoding="utf-8"))["method"]
+        method = read_json(file)["method"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {file}", "copy the folder again") from error
     if method != METHOD["method"]:

@@ -20,10 +20,12 @@ from mplug_core.errors import CheckpointError
 from mplug_core.recipe import DecodingSection
 from mplug_core.weights.mapped import MappedPages
 from mplug_core.weights.modelscope import WEIGHTS, WRITING_TASKS, Settings, is_modelscope, read_settings
-from mplug_core.weights.official import Conversion, convert, unwrap
+from mplug_core.weights.official import WRAPPERS, Conversion, convert, unwrap
 from mplug_core.weights.pickled import read_pickled
 from mplug_core.weights.pretrained import bert_pieces
 from mplug_core.weights.repository import alone_in
+from mplug_core.weights.sharded import files_of, index_in, index_of, is_index, read_sharded
+from mplug_core.weights.tensor_names import innermost
 
 AGAIN = "give a released mPLUG checkpoint, and download it again if it is one"
 
@@ -44,7 +46,8 @@ def released_files(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, of which ModelScope's hides others."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    return alone_in(folder)
+    index = index_in(folder)
+    return [index] if index is not None else alone_in(folder)
 
 
 def released_file(folder: Path) -> Path:
@@ -69,10 +72,10 @@ def read_released(place: Path, image_size: int | None = None) -> Released:
     CheckpointError for a file that can't be read, or is of no mPLUG.
     """
     folder = place if place.is_dir() else place.parent
-    file = released_file(place) if place.is_dir() else place
+    file = released_file(place) if place.is_dir() else index_of(place)
     settings = read_settings(folder)
     checkpoint = read_checkpoint(file)
-    pages = MappedPages(file)
+    pages = MappedPages(*(files_of(file) if is_index(file) else [file]))
     try:
         tensors = unwrap(checkpoint)
         hollow = next((name for name, value in tensors.items() if value.is_meta), None)
@@ -97,6 +100,8 @@ def read_released(place: Path, image_size: int | None = None) -> Released:
 
 def read_checkpoint(file: Path) -> Mapping[str, Any]:
     """What a checkpoint file holds, its tensors mapped where the format allows it."""
+    if is_index(file):
+        return read_sharded(file, lambda part: innermost(read_checkpoint(part), WRAPPERS))
     if file.suffix == ".safetensors":
         try:
             return load_file(file)

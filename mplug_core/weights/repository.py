@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mplug_core.errors import CheckpointError
+from mplug_core.weights.sharded import INDEX, SHARD, WHOLE_INDEXES
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Weights that are read together with the files beside them; of several the first."""
@@ -46,6 +47,13 @@ def wanted_files(files: Iterable[str], spec: str) -> list[str]:
     """
     top = sorted(file for file in files if not {"/", "\\"} & set(file) and not file.startswith("."))
     whole = next((name for name in WHOLE if name in top), None)
+    index = next((name for name in WHOLE_INDEXES if name in top), None)
+    if whole is None and index is not None:
+        shards = [
+            name for name in top if (m := SHARD.fullmatch(name)) and f"{m['stem']}{m['suffix']}{INDEX}" == index
+        ]
+        others = [name for name in top if PurePosixPath(name).suffix in BESIDE and name != index]
+        return [*others, *shards, index]
     alone = [whole] if whole else [name for name in top if PurePosixPath(name).suffix in ALONE]
     if not alone:
         raise CheckpointError(f"{spec} holds no weights of a model", f"expected {WHOLE[0]}, {WHOLE[1]} or a .pth file")
@@ -61,7 +69,7 @@ def alone_in(folder: Path) -> list[Path]:
 
 def model_in(folder: Path) -> Path | None:
     """What is to be read of a folder of downloaded files: the folder, its only file of weights, or None."""
-    if any((folder / name).is_file() for name in WHOLE):
+    if any((folder / name).is_file() for name in (*WHOLE, *WHOLE_INDEXES)):
         return folder
     try:
         alone = alone_in(folder)

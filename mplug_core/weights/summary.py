@@ -18,7 +18,7 @@ from mplug_core.recipe import Recipe, check_recipe, read_yaml
 from mplug_core.weights import hub
 from mplug_core.weights.card import Card, read_card
 from mplug_core.weights.faults import head_faults, shown
-from mplug_core.weights.folder import find_model, read_description, read_model
+from mplug_core.weights.folder import find_model, is_native, read_description, read_model, weight_files
 from mplug_core.weights.official import missing_by_part, part_of
 from mplug_core.weights.quantised import SCALE
 
@@ -84,7 +84,7 @@ def summarise(spec: str | None = None) -> Summary:
     Of a native folder only the header of the weights is read. CheckpointError where it is no model.
     """
     place = find_model(spec)
-    if (place / "config.json").is_file() and (place / "model.safetensors").is_file():
+    if (place / "config.json").is_file() and is_native(place) and weight_files(place)[0].is_file():
         return _native(place)
     stored = read_model(spec)  # mapped, not loaded
     heads = {name: TensorHead(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for name, t in stored.state.items()}
@@ -97,7 +97,7 @@ def summarise(spec: str | None = None) -> Summary:
 
 def _native(folder: Path) -> Summary:
     config, _ = read_description(folder)
-    heads = read_heads(folder / "model.safetensors")
+    heads = {name: head for file in weight_files(folder) for name, head in read_heads(file).items()}
     unread = {name: torch.empty(head.shape, device="meta") for name, head in heads.items()}
     missing = missing_by_part(config, unread)
     quantised = any(head.dtype == "int8" for head in heads.values())
@@ -152,7 +152,7 @@ def _summary(
         if name in learned:
             dtypes[head.dtype] += head.count
             parameters[part_of(name)] += head.count
-    rows, columns = model.visual.grid
+    rows, columns = model.visual.token_grid
     tokens = rows * columns + config.summary_tokens + (model.visual.is_transformer and 1)
     return Summary(
         hub.name_of(path), path, kind, size, dict(dtypes.most_common()), dict(parameters), config, int(tokens), missing,

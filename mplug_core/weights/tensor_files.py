@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mplug_core.errors import CheckpointError
+from mplug_core.json_text import to_json
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -45,7 +45,7 @@ class TensorFile:
             dtype, shape = entries[name]
             begin, end = end, end + size_of(entries[name])
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
+        text = to_json(header).encode()
         text += b" " * (-len(text) % 8)
         self._left = list(reversed(self.order))
         self._stream = open(file, "wb")  # noqa: SIM115 (closed by close)

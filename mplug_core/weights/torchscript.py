@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplug_core.bounded import OrderedMapping, PlainUnpickler, Unreadable, unpickled
 from mplug_core.errors import CheckpointError
+from mplug_core.weights.pickled import read_member
+from mplug_core.weights.tensor_names import check_storage
 
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -31,12 +33,12 @@ LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollis
 
 def is_torchscript(file: Path) -> bool:
     """Whether a file is an archive of ``torch.jit.save``, which has constants and code beside its tensors."""
-    if not zipfile.is_zipfile(file):
-        return False
     try:
+        if not zipfile.is_zipfile(file):
+            return False
         with zipfile.ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError):
         return False
 
 
@@ -44,10 +46,12 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
     """Parameters and buffers by their dotted names, on the CPU; CheckpointError for a damaged or unsafe archive."""
     try:
         with zipfile.ZipFile(file) as archive:
-            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-            module = _Unpickler(archive, root).load()
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if pickled is None:
+                raise Unreadable("it has no data.pkl, so it is damaged")
+            module = unpickled(_Unpickler(archive, pickled.removesuffix("data.pkl")))
         return dict(_tensors(module, "", set()))
-    except Exception as error:  # a damaged pickle may fail in any way
+    except Exception as error:  # a damaged archive may fail in any way
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"cannot read {file}: {reason}", "save its state_dict() as .safetensors") from error
 
@@ -62,16 +66,16 @@ class _Module:
         self.attributes = state if isinstance(state, dict) else {}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(PlainUnpickler):
     """Knows tensors and containers only. What a pickle can reach is made anew for each archive: it may change it."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
+        super().__init__(io.BytesIO(read_member(archive, f"{root}data.pkl")))
         self.archive, self.root = archive, root
         self.module = type("Module", (_Module,), {})
         self.known: dict[tuple[str, str], Any] = {
             ("torch._utils", "_rebuild_tensor_v2"): lambda *given: _rebuilt(*given),
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): OrderedMapping,
             ("torch", "device"): lambda name: name,
             **{("torch", name): dtype for name, dtype in STORAGES.items()},
             **{("torch.jit._pickle", name): lambda value, *_: value for name in LISTS},
@@ -89,12 +93,16 @@ class _Unpickler(pickle.Unpickler):
         info = self.archive.getinfo(f"{self.root}data/{key}")
         if kind != "storage" or info.compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError(f"{info.filename} is not stored as it is")
+        if type(count) is not int or not 0 <= count * dtype.itemsize <= info.file_size:
+            raise pickle.UnpicklingError(f"{info.filename} has {info.file_size} bytes, and {count} numbers are wanted")
         data = bytearray(self.archive.read(info))
         return torch.frombuffer(data, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
 
 def _rebuilt(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return torch.as_strided(storage, size, stride, offset)
+    found = torch.as_strided(storage, size, stride, offset)
+    check_storage("a tensor", found)
+    return found
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

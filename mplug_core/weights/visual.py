@@ -7,7 +7,6 @@ to the model's grid. Other networks come with timm's names, or as a port whose t
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -19,12 +18,15 @@ from timm.layers import QuickGELU
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from mplug_core.bounded import read_json
 from mplug_core.errors import CheckpointError
+from mplug_core.json_text import to_json
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import resize_positions
 from mplug_core.recipe import nearest
 from mplug_core.weights import hub
+from mplug_core.weights.faults import check_finite
 from mplug_core.weights.official import CLIP_BLOCK, Account, layer_numbers
 from mplug_core.weights.pretrained import Origin, find_part, read_tensors, weights_in
 
@@ -65,8 +67,10 @@ def is_downloaded(name: str) -> bool:
 
 
 def load_visual(model: MplugModel, name: str) -> Origin:
-    """Fill the visual backbone; see :func:`visual_start`."""
+    """Fill the visual backbone; see :func:`visual_start`. CheckpointError for weights that are not finite."""
     state, origin = visual_start(model, name)
+    for key, value in state.items():
+        check_finite(key, value, name)
     model.visual.backbone.load_state_dict(state)
     return origin
 
@@ -139,13 +143,13 @@ def told_beside(file: Path) -> bool | None:
     """What a configuration beside the weights says of QuickGELU."""
     for name in ("open_clip_config.json", "config.json"):
         try:
-            config = json.loads((file.parent / name).read_text(encoding="utf-8"))
+            config = read_json(file.parent / name)
             if "model_cfg" in config:  # open_clip
                 return bool(config["model_cfg"].get("quick_gelu", False))
             if "architecture" in config:  # timm
-                return "quickgelu" in json.dumps([config["architecture"], config["pretrained_cfg"].get("notes")])
+                return "quickgelu" in to_json([config["architecture"], config["pretrained_cfg"].get("notes")])
             return config.get("vision_config", config)["hidden_act"] == "quick_gelu"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return None
 
@@ -200,7 +204,6 @@ def prefix_of(tensors: Mapping[str, Tensor], *markers: str) -> str | None:
 
 def outside(key: str) -> str:
     """What a tensor is that the visual encoder has no use for, in words."""
-    key = key.removeprefix("module.")
     if key.startswith(TEXT_SIDE):
         return "text side"
     if key in ("proj", "visual_projection.weight") or key.startswith("visual.head."):

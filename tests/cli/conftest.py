@@ -105,6 +105,12 @@ def default_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setenv("MPLUG_MODEL", str(request.getfixturevalue(name)))
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is a user of its own, to whom no note was shown."""
+    monkeypatch.setenv("MPLUG_HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture
 def make_photo(tmp_path: Path) -> Callable[..., Path]:
     """``make_photo("a.jpg")`` saves a small picture in ``tmp_path``."""

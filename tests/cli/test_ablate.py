@@ -36,6 +36,8 @@ def test_costs_as_json_and_markdown(mplug, tmp_path: Path) -> None:
     [
         (["--only", "conected"], "did you mean 'connected'"),
         (["data.root=x"], "fields of a recipe are for --train"),
+        (["--seeds", "2"], "--seeds is for --train"),
+        (["--recipe", "tiny"], "--recipe is for --train"),
         (["--size", "huge"], "no model size 'huge'"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from mplug_cli import bench_decode, bench_report, bench_rerank, bench_train
 from mplug_core.bench import decode, rerank, train
 from mplug_core.bench.measure import Machine, Report
+from mplug_core.errors import MplugError
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_mistakes_are_one_line(mplug, command: str, arguments: list[str], words:
 
 def test_a_report_that_can_t_be_written(mplug, reported, tmp_path: Path) -> None:
     done = mplug("bench", "rerank", "--markdown", tmp_path / "no" / "x.md")
-    assert done.code == 2 and "cannot write" in done.err.splitlines()[-1]
+    assert done.code == 1 and "can't be written" in done.error
 
 
 def test_opponents_are_those_that_can_be_measured() -> None:
@@ -128,3 +129,17 @@ def test_start_passes_what_is_asked(mplug, monkeypatch) -> None:
     monkeypatch.setattr(start, "bench_start", lambda *arguments: asked.append(arguments[:2]) or report)
     assert mplug("bench", "start", "--model", "x", "--repeats", "2").code == 0
     assert asked == [("x", 2)]
+
+
+@pytest.mark.parametrize("name", ["decode", "load", "rerank", "start", "train"])
+def test_quiet_is_quiet(mplug, monkeypatch, name):
+    """What is measured is said, and with -q it isn't; errors always are."""
+
+    def stop(*arguments, **options):
+        raise MplugError("that is enough")
+
+    monkeypatch.setattr(f"mplug_core.bench.{name}.bench_{name}", stop)
+    error = "error: that is enough\n"
+    said = mplug("bench", name, "--repeats", "1").err
+    assert said.startswith("note: measuring ") and said.endswith(error)
+    assert mplug("bench", name, "--repeats", "1", "-q").err == error

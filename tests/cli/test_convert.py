@@ -86,7 +86,7 @@ def test_what_is_there_is_not_lost(mplug, checkpoint, tmp_path):
     done = mplug("model", "convert", checkpoint, tmp_path / "photos", "--force")
     assert done.code == 1 and "exists and is no model folder" in done.error
     done = mplug("model", "convert", checkpoint, checkpoint, "--force")
-    assert done.code == 1 and checkpoint.stat().st_size > 1000
+    assert done.code == 2 and checkpoint.stat().st_size > 1000
     assert mplug("model", "convert", checkpoint, tmp_path / "native").code == 0
     done = mplug("model", "convert", checkpoint, tmp_path / "native", "--image-size", "32")
     assert done.code == 1 and "--force replaces it" in done.error

@@ -40,7 +40,7 @@ def test_what_is_there_is_replaced_when_told_to(mplug, able_folder, tmp_path):
     assert done.code == 1 and "--force" in done.error
     assert mplug("model", "export", able_folder, tmp_path / "m", "--force").code == 0
     done = mplug("model", "export", able_folder, able_folder, "--force")
-    assert done.code == 1 and "where the model is" in done.error
+    assert done.code == 2 and "where the model is" in done.error
 
 
 def test_onnx_without_its_packages_is_one_line(mplug, able_folder, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 from mplug_cli import watch
 from mplug_core.recipe import Recipe
+from mplug_core.training.trial import Share
 
 RECIPE = "name: further\ndata: {sources: {a: {path: '{root}/a', tasks: {vqa: 1}}}}\nobjectives: {answer: 1, box: 1}\n"
 
@@ -92,3 +93,39 @@ def test_table_at_the_end(capsys):
     watch.plain("scores", {**SCORES, "at": {"last": 8, "best": 4}}, quiet=True)
     assert capsys.readouterr().err == ""
     assert watch.score_table({**SCORES, "at": {"last": 8, "best": 4}}).row_count == 2
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_try(mplug, recipe, monkeypatch, command):
+    calls = []
+    shares = [Share("features of images", 20000, 0.02), Share("stage learn: steps", 1500, 1.234)]
+
+    def try_run(recipe, steps, watch):
+        calls.append((recipe.name, steps))
+        return shares
+
+    trial = types.SimpleNamespace(try_run=try_run)
+    monkeypatch.setitem(sys.modules, "mplug_core.training.trial", trial)
+    start = ("start.model=mini",) if command == "pretrain" else ()
+    done = mplug(command, "--recipe", recipe, *start, "--try", "5")
+    assert (done.code, calls) == (0, [("further", 5)]), done.err
+    assert done.lines == [
+        "features of images  20000 x 0.02 s  0:06:40",
+        "stage learn: steps   1500 x 1.23 s  0:30:51",
+        "the whole run                       0:37:31",
+    ]
+    shares.clear()  # as on all processes but the first
+    assert mplug(command, "--recipe", recipe, *start, "--try", "5").out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--try", "0"], "--try"),
+        (["--try", "2", "--resume", "never"], "a try starts anew each time"),
+        (["--try", "2", "--dry-run"], "--try runs, and --dry-run doesn't"),
+    ],
+)
+def test_a_try_is_no_other_thing(mplug, recipe, arguments, words):
+    done = mplug("finetune", "--recipe", recipe, *arguments)
+    assert done.code == 2 and words in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,50 @@ def test_json_is_for_dry_runs(mplug, able_folder):
 def test_no_model_folder(mplug, tmp_path):
     done = mplug("model", "push", tmp_path, "hf:org/name")
     assert done.code == 5 and "mplug model export" in done.error
+
+
+CARDS = {
+    "nc": ("---\nlicense: cc-by-nc-4.0\n---\n# x\n", "the card states cc-by-nc-4.0"),
+    "list": ("---\nlicense: [gpl-3.0, other]\n---\n", "the card states gpl-3.0, other"),
+    "text": ("# x\n\nFor **non-commercial research** only.\n", "the card says 'non-commercial'"),
+    "not": ("# x\n\nThis may not be used for commercial purposes.\n", "not be used for commercial"),
+    "only": ("---\nlibrary_name: mplug\n---\nfor academic use only\n", "academic use only"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_licence_that_the_card_is_against(mplug, able_folder, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(able_folder, folder)
+    text, said = CARDS[name]
+    (folder / "README.md").write_text(text)
+    call = ("model", "push", folder, "hf:org/name", "--license", "mit", "--dry-run")
+    done = mplug(*call)
+    assert (done.code, done.out) == (2, "") and said in done.error and "--force" in done.error
+    forced = mplug(*call, "--force")
+    assert forced.code == 0 and "note: published as mit" in forced.err and "license: mit" in forced.out
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: MIT\n---\n", "mit"),
+        ("For non-commercial research only.\n", "cc-by-nc-4.0"),
+        ("# x\n\nCommercial use is welcome.\n", "apache-2.0"),
+        ("# x\n\nOnly research has shown it.\n", "mit"),
+    ],
+)
+def test_a_licence_that_the_card_allows(mplug, able_folder, tmp_path, text, licence):
+    folder = tmp_path / "model"
+    shutil.copytree(able_folder, folder)
+    (folder / "README.md").write_text(text)
+    done = mplug("model", "push", folder, "hf:org/name", "--license", licence, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+
+
+def test_the_licence_of_the_model_that_a_run_started_from(mplug, able_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(able_folder, folder)
+    (folder / "recipe.yaml").write_text("name: mine\nstart: {model: mini}\n")
+    done = mplug("model", "push", folder, "hf:org/name", "--license", "mit", "--dry-run")
+    assert done.code == 2 and "the card of mini, which it started from" in done.error

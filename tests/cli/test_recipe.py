@@ -59,8 +59,9 @@ def test_validate(mplug, shipped):
     assert (done.code, done.lines, done.err) == (0, ["first: ok", "pretrain/second-one: ok"], "")
 
 
-def test_validate_names_all_faults(mplug, shipped, tmp_path):
-    file = tmp_path / "mine.yaml"
+def test_validate_names_all_faults(mplug, shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("mine.yaml")  # a long path would leave no room for the faults
     file.write_text("name: mine\nmodel: {size: tiny, widht: 3}\noptimiser: {lr: 1}\nteacher: {alpha: 2}\n")
     done = mplug("recipe", "validate", file, "first")
     assert (done.code, done.lines) == (3, ["first: ok"])
@@ -107,3 +108,47 @@ def test_pretrain_runs_the_trainer(mplug, shipped, tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_not_there(mplug, shipped):
     done = mplug("pretrain", "--recipe", "first", "--resume", "nevr")
     assert done.code == 5 and "'never'" in done.error
+
+
+def test_validate_standard_input(mplug, shipped):
+    text = (shipped / "tiny.yaml").read_bytes() if (shipped / "tiny.yaml").is_file() else None
+    text = text or next(shipped.rglob("*.yaml")).read_bytes()
+    done = mplug("recipe", "validate", "-", stdin=text)
+    assert (done.code, done.out) == (0, "standard input: ok\n"), done.err
+    done = mplug("recipe", "validate", "-", "seed=x", stdin=text)
+    assert done.code == 3 and "standard input" in done.error and "seed" in done.error
+    done = mplug("recipe", "validate", "-", stdin=b"a: [1\n")
+    assert done.code == 3 and "standard input:2:1: not YAML" in done.error
+    assert mplug("recipe", "validate", "-", "-", stdin=text).code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.text_layers=1000000000", "model.text_layers"),
+        ("model.vision.image_size=100000", "model.vision.image_size"),
+        ("model.vision.options={checkpoint_path: x}", "checkpoint_path: not allowed"),
+        ("model.vision.options={act_layer: nonsense}", "act_layer"),
+        ("model.vision.std=[0, 1, 1]", "model.vision.std"),
+        ("model.vision.mean=[.nan, 1, 1]", "model.vision.mean"),
+        ("model.layer_norm_eps=-1", "model.layer_norm_eps"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("seed=" + "9" * 5000, "more than 300 digits"),
+        ("seed=" + "[" * 5000, "nested"),
+        ("seed=2024-13-45", "seed"),
+        ("name=" + "x" * 5000 + " y: z", "not YAML"),
+    ],
+)
+def test_values_that_make_no_model(mplug, shipped, override, words):
+    name = next(shipped.rglob("*.yaml"))
+    done = mplug("recipe", "validate", str(name), override)
+    assert done.code == 3 and words in done.error and len(done.error) <= 300
+
+
+def test_more_faults_than_a_line_holds(mplug, shipped):
+    name = next(shipped.rglob("*.yaml"))
+    done = mplug("recipe", "validate", str(name), *[f"nothing_{number}=1" for number in range(40)])
+    lines = done.err.splitlines()
+    assert done.code == 3 and len(lines) == 40 and all(len(line) <= 300 for line in lines)
+    done = mplug("recipe", "show", str(name), *[f"nothing_{number}=1" for number in range(40)])
+    assert done.code == 3 and len(done.error) <= 300 and "and " in done.error and " more" in done.error

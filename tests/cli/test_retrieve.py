@@ -172,7 +172,7 @@ def test_nothing_is_kept_without_cache(mplug, photos, tmp_path):
 
 def test_a_damaged_store_is_noted(mplug, photos):
     first = mplug("retrieve", "two dogs", photos).lines
-    (store,) = (photos / ".mplug").iterdir()
+    (store,) = (photos / ".mplug").rglob("*.safetensors")
     store.write_bytes(b"x" * 100)
     done = mplug("retrieve", "two dogs", photos)
     assert (done.code, done.lines) == (0, first) and done.err.startswith("note: ") and "damaged" in done.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mplug_cli.runs import sparkline
-from mplug_core.training.history import Curve
+from mplug_cli.runs import as_object, sparkline, summary
+from mplug_cli.streams import json_line
+from mplug_core.training.history import Curve, read_run
 from mplug_core.training.journal import Journal
 
 
@@ -244,3 +246,85 @@ def test_needs_no_torch(run):
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set() False"
+
+
+ODD = [
+    None, True, -1, 10**30, -(10**400), 1e308, -1e308, math.nan, math.inf, "", "x\x1b[31m", [], [1, [2]], {}, {"a": 1},
+]  # fmt: skip
+NAMES = ["step", "stage", "stage_step", "stage_steps", "seconds", "eta_seconds", "loss", "skipped_steps", "lr", "new",
+         "evaluation", "event", "steps", "resumed", "pid", "host", "why", "time", "started", "text"]  # fmt: skip
+
+
+def test_logs_of_any_json(mplug, tmp_path):
+    """Each field with each odd value, in lines that are good otherwise; and lines that are something else."""
+    good = {"step": 1, "stage": "s", "stage_step": 1, "stage_steps": 9, "loss": 1.0, "seconds": 1.0, "skipped_steps": 1}
+    lines = [good | {"step": n, name: value} for n, (name, value) in enumerate((k, v) for k in NAMES for v in ODD)]
+    lines += [good | {"evaluation": {"val/vqa/accuracy": value}} for value in ODD]
+    events = [{"event": "begin", "step": 0, "pid": 1, "host": "x"} | {k: v} for k in NAMES for v in ODD]
+    folder = make_run(tmp_path / "runs" / "odd")
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, *ODD]) + "9" * 5000 + "\n[" * 3
+    (folder / "metrics.jsonl").write_text(text)
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    make_run(tmp_path / "runs" / "sound")
+    for arguments in (["show", folder], ["show", folder, "--json"], ["show", folder, tmp_path / "runs" / "sound"]):
+        done = mplug("runs", *arguments, "-q")
+        assert (done.code, done.err) == (0, ""), done.err
+        assert "NaN" not in done.out and "Infinity" not in done.out and "\x1b" not in done.out
+    done = mplug("runs", "ls", tmp_path / "runs")
+    assert (done.code, done.err, len(done.lines)) == (0, "", 2)
+
+
+def test_logs_that_end_in_an_odd_value(tmp_path):
+    """What is shown of a run is of its last line and its last event."""
+    folder = make_run(tmp_path / "odd", steps=2)
+    good = (folder / "metrics.jsonl").read_text()
+    for name in ("step", "stage", "stage_step", "stage_steps", "seconds", "loss", "skipped_steps", "resumed"):
+        for value in ODD:
+            line = {"step": 3, "stage": "s", "loss": 1.0, "seconds": 1.0, "skipped_steps": 5} | {name: value}
+            text = "".join(json.dumps(values) + "\n" for values in (line, line | {"step": 4}))
+            (folder / "metrics.jsonl").write_text(good + text)
+            (folder / "events.jsonl").write_text(json.dumps({"event": "begin", name: value}) + "\n")
+            run = read_run(folder)
+            assert summary({"odd": run}) and json_line(as_object(run)), (name, value)
+
+
+FILES = ["metrics.jsonl", "events.jsonl", "recipe.yaml", "checkpoints/latest", "checkpoints/step-00000040/meta.json",
+         "checkpoints/step-00000040/manifest.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what", ["folder", "pipe", "loop", "bytes", "deep", "null", "list", "numbers", "date", "device"]
+)
+def test_any_file_in_a_run_folder(mplug, tmp_path, what):
+    root = tmp_path / "runs"
+    make_run(root / "sound", steps=2)
+    for number, name in enumerate(FILES):
+        folder = make_run(root / f"odd{number}", steps=2)
+        (folder / "checkpoints" / "step-00000002").rename(folder / "checkpoints" / "step-00000040")
+        if (name, what) != ("recipe.yaml", "deep"):
+            put(folder / name, what)
+        done = mplug("runs", "show", folder)
+        assert done.code in (0, 3) and "internal" not in done.err and done.err.count("\n") <= 1, name
+    done = mplug("runs", "ls", root)
+    assert done.code == 0 and "sound" in done.out and "internal" not in done.err
+    assert mplug("runs", "ls", root, "--json").code == 0
+
+
+def put(file: Path, what: str) -> None:
+    """Something else in a file's place."""
+    file.unlink()
+    content = {
+        "bytes": bytes(range(256)), "deep": b"[" * 100_000, "null": b"null", "list": b"[1, {}]", "date": b"2020-99-99",
+        "numbers": b'{"progress": {"total": -5}, "world": true, "stage": 3, "files": {"x": 1, "meta.json": {}},'
+                   b'"run": {"best": 5}, "name": 7, "stages": [{"name": [1]}, 3]}',
+    }  # fmt: skip
+    if what == "folder":
+        file.mkdir()
+    elif what == "pipe":
+        os.mkfifo(file)
+    elif what == "loop":
+        file.symlink_to(file.name)
+    elif what == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes(content[what])

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from mplug_cli import streams
+from mplug_core.data import web
 from mplug_core.errors import ImageError
 
 
@@ -17,11 +18,16 @@ from mplug_core.errors import ImageError
 def test_lines_do_not_depend_on_how_they_arrive(size):
     text = b"a b\r\n\n\xc3\xa9.jpg\nlast"
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert list(streams._split(chunks, b"\n")) == [b"a b", b"\xc3\xa9.jpg", b"last"]
+    wanted = [b"a b\r", b"", b"\xc3\xa9.jpg", b"last"]
+    assert list(streams._split(chunks, b"\n", 100)) == [(part, True) for part in wanted]
+    cut = [(b"a b\r", True), (b"", True), (b"\xc3\xa9.jp", False), (b"last", True)]
+    assert list(streams._split(chunks, b"\n", 5)) == cut
 
 
 def test_names_between_nuls_keep_every_character():
-    assert list(streams._split([b"a\r\n\0b\r\0"], b"\0")) == [b"a\r\n", b"b\r"]
+    assert list(streams._split([b"a\r\n\0b\r\0"], b"\0", 100)) == [(b"a\r\n", True), (b"b\r", True)]
+    found = streams._listed([b"a\r\n\0b\r\0"], b"\0", True)
+    assert [item.name for item in found] == ["a\r\n", "b\r"]
 
 
 def test_json_is_readable_and_survives_what_is_no_unicode():
@@ -79,14 +85,14 @@ def test_an_address_with_a_page(mplug, model_folder, server):
 @pytest.mark.parametrize(("place", "code", "words"), [("/none.jpg", "missing", "404"), ("/away", "unreadable", "302")])
 def test_addresses_that_do_not_work(server, place, code, words):
     with pytest.raises(ImageError, match=words) as caught:
-        streams.download(server + place)
+        web.download(server + place)
     assert caught.value.code == code
 
 
 def test_a_download_has_a_limit(server, monkeypatch):
-    monkeypatch.setattr(streams, "MAX_DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(web, "MAX_BYTES", 1000)
     with pytest.raises(ImageError, match="more than") as caught:
-        streams.download(f"{server}/large")
+        web.download(f"{server}/large")
     assert caught.value.code == "too_large"
 
 
@@ -95,5 +101,5 @@ def test_a_download_has_a_limit(server, monkeypatch):
 )
 def test_no_network(address):
     with pytest.raises(ImageError) as caught:
-        streams.download(address)
+        web.download(address)
     assert caught.value.code == "unreadable" and address in str(caught.value)

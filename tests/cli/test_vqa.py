@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mplug_cli.app import main
+from mplug_cli.vqa import with_questions
 from mplug_core.data.images import open_image, placed_transform
 from mplug_core.model.mplug import MplugModel
 from mplug_core.tasks.vqa import VqaTask, answer_questions, rank_answers
@@ -65,7 +66,7 @@ def test_json(mplug, photo, model_folder):
 
 def test_several_questions_encode_the_image_once(mplug, photo, encoded):
     questions = [f"what is number {i}?" for i in range(5)]
-    options = [word for question in questions for word in ("-q", question)]
+    options = [word for question in questions for word in ("-Q", question)]
     done = mplug("vqa", photo, *options, "--batch-size", "2")
     assert done.code == 0 and [found["question"] for found in done.objects] == questions
     assert encoded == [1]
@@ -75,7 +76,7 @@ def test_several_questions_encode_the_image_once(mplug, photo, encoded):
 
 def test_several_images_and_questions_in_order(mplug, make_photo):
     photos = [make_photo(f"{i}.png") for i in (3, 1, 2)]
-    done = mplug("vqa", *photos, "-q", "what?", "-q", "who?")
+    done = mplug("vqa", *photos, "-Q", "what?", "-Q", "who?")
     asked = [(found["image"], found["question"]) for found in done.objects]
     assert asked == [(str(path), question) for path in photos for question in ("what?", "who?")]
     done = mplug("vqa", *photos, "what?")
@@ -110,7 +111,7 @@ def test_faulty_lines_are_error_lines_and_the_rest_is_answered(mplug, photo):
 def test_paths_on_stdin(mplug, make_photo):
     photos = [make_photo("a b.jpg"), make_photo("é.jpg")]
     stdin = "".join(f"{path}\n" for path in photos).encode()
-    for arguments in (["-q", "what?"], ["what is it?"]):
+    for arguments in (["-Q", "what?"], ["what is it?"]):
         assert [found["image"] for found in mplug("vqa", *arguments, stdin=stdin).objects] == [str(p) for p in photos]
 
 
@@ -184,9 +185,9 @@ def test_a_list_of_answers_that_is_none(mplug, photo, tmp_path, content, words):
         (["photo.jpg", ""], "empty"),
         (["photo.jpg", " \t"], "empty"),
         (["photo.jpg", "???"], "no word"),
-        (["photo.jpg", "-q", " "], "empty"),
+        (["photo.jpg", "-Q", " "], "empty"),
         (["what is it?"], "no images"),
-        (["-q", "what is it?"], "no images"),
+        (["-Q", "what is it?"], "no images"),
         ([], "nothing is asked"),
         (["photo.jpg", "what?", "--n", "3", "--beam", "2"], "--beam 3"),
         (["photo.jpg", "what?", "--beam", "2", "--answers", "x"], "--answers"),
@@ -210,7 +211,7 @@ def test_a_broken_image(mplug, photo, tmp_path):
     bad.write_bytes(photo.read_bytes()[:200])
     done = mplug("vqa", bad, QUESTION)
     assert (done.code, done.out) == (1, "") and "bad.jpg" in done.error
-    done = mplug("vqa", bad, photo, "-q", "what?", "-q", "who?")
+    done = mplug("vqa", bad, photo, "-Q", "what?", "-Q", "who?")
     assert done.code == 4 and [list(found)[2] for found in done.objects] == ["error", "error", "answer", "answer"]
     assert done.objects[1] == {**done.objects[0], "question": "who?"}
 
@@ -218,7 +219,7 @@ def test_a_broken_image(mplug, photo, tmp_path):
 def test_a_long_question_is_cut(mplug, photo):
     done = mplug("vqa", photo, "what is the red ball " * 2500)
     assert (done.code, done.err, len(done.lines)) == (0, "", 1)
-    assert mplug("vqa", photo, "-q", "x" * 100_000).code == 0
+    assert mplug("vqa", photo, "-Q", "x" * 100_000).code == 0
 
 
 def test_a_question_that_is_no_unicode(mplug, photo):
@@ -256,3 +257,35 @@ def test_gpu_memory_is_an_error_with_a_hint(mplug, photo, monkeypatch):
     monkeypatch.setattr("mplug_core.tasks.vqa.answer_questions", full)
     done = mplug("vqa", photo, QUESTION)
     assert done.code == 1 and "--batch-size is 16" in done.error
+
+
+@pytest.mark.parametrize(
+    ("given", "meant", "old"),
+    [
+        (["a.jpg", "-q", "what?"], ["a.jpg", "-Q", "what?"], True),
+        (["a.jpg", "-q", "what is it?", "-q", "who?"], ["a.jpg", "-Q", "what is it?", "-Q", "who?"], True),
+        (["-q", "what is left/right?", "a.jpg"], ["-Q", "what is left/right?", "a.jpg"], True),
+        (["a.jpg", "-qwhat?"], ["a.jpg", "-Q", "what?"], True),
+        (["-q", "a.jpg", "what?"], ["-q", "a.jpg", "what?"], False),
+        (["-q", "photos/*", "what?"], ["-q", "photos/*", "what?"], False),
+        (["-q", "https://x.org/a", "what?"], ["-q", "https://x.org/a", "what?"], False),
+        (["-q", "-", "what?"], ["-q", "-", "what?"], False),
+        (["-q", ".", "what?"], ["-q", ".", "what?"], False),
+        (["a.jpg", "what?", "-q"], ["a.jpg", "what?", "-q"], False),
+        (["a.jpg", "-q", "--json", "what?"], ["a.jpg", "-q", "--json", "what?"], False),
+        (["a.jpg", "-qQ", "what?"], ["a.jpg", "-qQ", "what?"], False),
+        (["a.jpg", "--", "-q", "what?"], ["a.jpg", "--", "-q", "what?"], False),
+    ],
+)
+def test_q_before_a_question_is_a_question_for_one_version(given, meant, old):
+    assert with_questions(given) == (meant, old)
+
+
+def test_q_is_quiet_and_before_a_question_a_note_says_what_to_write(mplug, able_folder, photo):
+    new = mplug("vqa", photo, "-Q", "what is it?", "-q")
+    assert (new.code, new.err) == (0, "")
+    assert mplug("vqa", "-q", photo, "what is it?").out == new.out
+    old = mplug("vqa", photo, "-q", "what is it?")
+    assert (old.code, old.out) == (0, new.out)
+    assert old.err == "note: -q before a question will mean --quiet in the next version: write -Q or --question\n"
+    assert mplug("vqa", photo, "-q", "what is it?", "--quiet").err == ""

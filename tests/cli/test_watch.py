@@ -65,12 +65,41 @@ def test_what_is_absent_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
 def test_notes_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     watch.plain("note", {"text": "resumed"})
     watch.plain("note", {"text": "image \x1b[31m broken", "level": "warning"})
-    assert capsys.readouterr().err == "note: resumed\nwarning: image \N{REPLACEMENT CHARACTER}[31m broken\n"
+    assert capsys.readouterr().err == "note: resumed\nwarning: image \\x1b[31m broken\n"
+
+
+def features(done: int, seconds: float) -> dict[str, Any]:
+    return {
+        "of": "images", "done": done, "total": 2000, "images_per_second": done / seconds, "seconds": seconds,
+        "eta_seconds": (2000 - done) * seconds / done,
+    }  # fmt: skip
+
+
+def test_features_are_told_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with watch.watching() as shown:
+        for second in range(1, 101):
+            shown("features", features(20 * second, second))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "features of images 20/2000  20.0 img/s  0:01:39 left"
+    assert lines[-1] == "features of images 2000/2000  20.0 img/s  0:00:00 left" and len(lines) == 5
+
+
+def test_features_have_a_bar() -> None:
+    shown, live, _ = display(80)
+    shown("features", features(500, 25))
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(live.get_renderable())
+    first, second = captured.get().splitlines()
+    assert first.startswith("features") and "500/2000  25%" in first and second.strip() == "20.0 img/s  0:01:15 left"
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with watch.watching(quiet=True) as shown:
-        for kind, figures in (("note", {"text": "x", "level": "warning"}), ("step", FIGURES), ("end", {})):
+        for kind, figures in (("note", {"text": "x", "level": "warning"}), ("step", FIGURES), ("end", {}),
+                              ("features", features(1, 1))):  # fmt: skip
             shown(kind, figures)
     assert capsys.readouterr() == ("", "")
 
@@ -136,4 +165,4 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # for rich what is captured here is a terminal then
     monkeypatch.setattr("mplug_cli.show.on_terminal", lambda: True)
     with watch.watching() as shown:
-        assert shown is watch.plain
+        assert isinstance(shown, watch.Lines)

@@ -76,3 +76,32 @@ def refcoco(folder: Path, protocol: int = 0) -> Path:
     write_json(folder / "instances.json", instances)
     picture(folder.parent / "images/mscoco/images/train2014/COCO_train2014_000000000007.jpg")
     return folder
+
+
+def entities_xml(*objects: tuple[str, list[list[int]]], size: tuple[int, int] = (100, 50)) -> str:
+    """An annotation file of Flickr30k Entities: (entity, its boxes) an object; one without boxes is not to be seen."""
+    boxes = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    found = ""
+    for entity, places in objects:
+        for place in places or [None]:
+            inside = boxes.format(*place) if place else "<scene>1</scene><nobndbox>0</nobndbox>"
+            found += f"<object><name>{entity}</name>{inside}</object>"
+    shape = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"<annotation><filename>x.jpg</filename>{shape}{found}</annotation>"
+
+
+def entities(folder: Path, sentences: str = "Sentences", annotations: str = "Annotations") -> Path:
+    """Flickr30k Entities with two images of 100 x 50 pixels and the splits train and test."""
+    write_lines(
+        folder / f"{sentences}/10.txt",
+        "[/EN#1/people Two girls] in [/EN#2/scene a park] , [/EN#3/clothing/other red hats] see [/EN#0/notvisual it] .",
+        "[/EN#1/people Girls] play .",
+    )
+    write_lines(folder / f"{sentences}/11.txt", "[/EN#7/animals A dog] runs .")
+    boxes = [("1", [[10, 5, 30, 45], [40, 10, 60, 40]]), ("2", []), ("3", [[12, 5, 20, 10]])]
+    write_lines(folder / f"{annotations}/10.xml", entities_xml(*boxes))
+    write_lines(folder / f"{annotations}/11.xml", entities_xml(("7", [[0, 0, 100, 50]])))
+    write_lines(folder / "train.txt", "10")
+    write_lines(folder / "test.txt", "11")
+    picture(folder / "flickr30k-images/10.jpg", folder / "flickr30k-images/11.jpg")
+    return folder

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mplug_core.data.batches import Batch, Drawn, Lots, Source, image_groups
+from mplug_core.data.batches import Batch, Drawn, HeldFeatures, Lots, Source, image_groups
 from mplug_core.data.placement import WHOLE, Placement, adapt
 from mplug_core.data.records import CaptionRecord, PhraseRecord, QuestionRecord, StatementRecord
 from mplug_core.errors import DataError
@@ -250,17 +250,39 @@ def test_text_only_source() -> None:
 
 def test_cached_features(photos: list[Path]) -> None:
     one = source(captions(photos))
-    one.features = np.arange(2 * 12, dtype=np.float16).reshape(2, 12, 1, 1)
+    one.features = HeldFeatures(np.arange(2 * 12, dtype=np.float16).reshape(2, 12, 1, 1))
     one.placements = np.array([[WHOLE_ROW] * 12] * 2)
     batch = one.draw(0, 0)
     assert batch.pixels is None and batch.features.shape == (4, 1, 1)
     assert torch.equal(batch.features.flatten().long() % 12, batch.image_ids)
+    one.cached = False
+    batch = one.draw(0, 0)
+    assert batch.features is None and batch.pixels.shape == (4, 3, VISION.image_size, VISION.image_size)
 
 
 def test_to_moves_and_casts_floats_alone(photos: list[Path]) -> None:
     batch = source(captions(photos)).draw(0, 0).to(torch.device("cpu"), torch.bfloat16)
     assert batch.pixels.dtype == torch.bfloat16 and batch.image_ids.dtype == torch.int64
     assert batch.blocks["pretrain"]["rows"].dtype == torch.int64 and batch.source == "photos"
+
+
+@pytest.mark.parametrize("images", [1, 4, 5, 100])
+def test_a_part_is_as_if_there_were_no_others(photos: list[Path], images: int) -> None:
+    """Images that records join stay together, and batches stay as large."""
+    pairs = [StatementRecord((photos[k], photos[k + 1]), "s", True) for k in range(0, 8, 2)]
+    records = {"statements": pairs, "caption": captions(photos)["pretrain"]}
+    one, whole = source(records), source(records)
+    one.keep_part(images, seed=3)
+    assert min(images, 12) <= len(one.images) <= min(images + 1, 12)
+    assert one.groups_per_batch() == whole.groups_per_batch()
+    assert sorted(image for group in one.groups for image in group) == list(range(len(one.images)))
+    for image, path in enumerate(one.images):
+        for task, found in one.by_image[image].items():
+            for rows, record in found:
+                named = record.images if task == "statements" else (record.image,)
+                assert tuple(one.images[row] for row in rows) == named and path in named
+    count = sum(len(found) for tasks in one.by_image for found in tasks.values())
+    assert (count == 16) == (images == 100) and one.draw(0, 5).blocks
 
 
 # -- what a moved picture means for its records --------------------------------------------------------------------
@@ -340,7 +362,7 @@ def test_texts_follow_the_flip(photos: list[Path]) -> None:
     }
     section = SourceSection(path="x", batch_size=12, augment="flip", tasks={"pretrain": 1, "vqa": 1})
     one = Source("s", section, records, VISION, dict.fromkeys(records, kept))
-    one.features = np.zeros((1, 12, 1, 1), np.float16)
+    one.features = HeldFeatures(np.zeros((1, 12, 1, 1), np.float16))
     mirrored = [k % 3 == 0 for k in range(12)]
     one.placements = np.array([[[-1.0, 1, 1, 0] if m else WHOLE_ROW for m in mirrored]])
     ids = one.draw(0, 0).image_ids
@@ -370,8 +392,7 @@ def test_cached_views_move_boxes(photos: list[Path]) -> None:
     }
     section = SourceSection(path="x", batch_size=12, augment="crop", tasks={"grounding": 3})
     one = Source("s", section, records, VISION, {"grounding": kept})
-    one.features = np.zeros((2, 12, 1, 1), np.float16)
-    one.features[1] = 1
+    one.features = HeldFeatures(np.repeat(np.arange(2, dtype=np.float16), 12).reshape(2, 12, 1, 1))
     half = list(astuple(Placement.of_region((0.5, 0.0, 1.0, 1.0), False)))
     one.placements = np.array([[WHOLE_ROW] * 12, [half] * 12])
     batch = one.draw(0, 0)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mplug_core.data import images
 from mplug_core.data.images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -185,6 +187,134 @@ def _message(source: object) -> str:
     return caught.value.message
 
 
+def png_chunk(kind: bytes, data: bytes, broken: bool = False) -> bytes:
+    check = zlib.crc32(kind + data) ^ (1 if broken else 0)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+
+LARGE = zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"iCCP", b"profile\0\0" + LARGE), png_chunk(b"zTXt", b"Comment\0\0" + LARGE),
+        png_chunk(b"iTXt", b"Comment\0\1\0\0\0" + LARGE), png_chunk(b"tEXt", b"Comment\0x", broken=True),
+        png_chunk(b"iCCP", b"profile\0\0x", broken=True), png_chunk(b"iCCP", b"profile\0\7x"),
+        png_chunk(b"iTXt", b"\xff"), png_chunk(b"gAMA", b"x", broken=True), png_chunk(b"pHYs", b""),
+        png_chunk(b"tRNS", b"\0\0", broken=True), png_chunk(b"eXIf", b"MM\0*", broken=True),
+        png_chunk(b"zzZz", b"x", broken=True), png_chunk(b"acTL", b"x"), png_chunk(b"fcTL", b"x"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["head", "tail"])
+def test_only_pixels_decide_about_a_png(chunk: bytes, place: str) -> None:
+    data = encoded(halves(), "PNG")
+    at = 33 if place == "head" else len(data) - 12
+    assert near(open_image(data[:at] + chunk + data[at:]).getpixel((5, 20)), RED)
+
+
+def test_a_png_that_is_cleaned_keeps_orientation_and_transparency() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    data = encoded(image.convert("P"), "PNG", transparency=0, exif=exif)
+    at = data.index(b"IDAT") - 4
+    found = open_image(data[:at] + png_chunk(b"tEXt", b"x\0y", broken=True) + data[at:])
+    assert found.size == (20, 40) and found.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_damaged_pixels_are_still_an_error() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, "PNG")
+    bad_text = png_chunk(b"tEXt", b"x\0y", broken=True)
+    for cut in (data[:500], data[:33] + bad_text + data[33:500], data[:33] + png_chunk(b"IDAT", b"x") + data[-12:]):
+        with pytest.raises(ImageError) as caught:
+            open_image(cut)
+        assert caught.value.code == "broken"
+    huge = png_header_only(30_000, 30_000)
+    with pytest.raises(ImageError) as caught:
+        open_image(huge[:33] + bad_text + huge[33:])
+    assert caught.value.code == "too_large"
+
+
+@pytest.mark.parametrize("tag", [270, 305, 700, 33723, 34665, 34675])
+def test_a_tiff_with_a_tag_that_leads_nowhere(tag: int) -> None:
+    data = bytearray(encoded(halves(), "TIFF", tiffinfo={270: "x" * 50}))
+    (place,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, place)
+    entries = [bytes(data[place + 2 + 12 * k : place + 14 + 12 * k]) for k in range(count)]
+    entries = [entry for entry in entries if struct.unpack_from("<H", entry)[0] != 270]
+    entries.append(struct.pack("<HHII", tag, 1, 5000, 1 << 30))
+    entries.sort(key=lambda entry: struct.unpack_from("<H", entry)[0])
+    data[place + 2 : place + 2 + 12 * count] = b"".join(entries)
+    assert near(open_image(bytes(data)).getpixel((5, 20)), RED)
+
+
+def test_a_webp_with_broken_metadata() -> None:
+    data = encoded(halves(), "WEBP", lossless=True, exif=b"Exif\0\0MM\0*", xmp=b"x" * 100)
+    at = data.index(b"XMP ")
+    broken = data[:at] + b"XMP " + struct.pack("<I", 1 << 20) + b"x"
+    assert near(open_image(broken).getpixel((5, 20)), RED)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1", b"hevc"])
+def test_heic_says_what_is_needed(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    head = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(200)
+    assert "pillow-heif is needed (pip install 'mplug[heif]'" in str(_error(head))
+
+
+def _error(source: object) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        open_image(source)  # type: ignore[arg-type]
+    return caught.value
+
+
+def test_heic_is_opened_with_its_package() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    pillow_heif.from_pillow(halves()).save(file, exif=exif.tobytes())
+    assert open_image(file.getvalue()).size == (48, 64)
+    with pytest.raises(ImageError, match="too large"):
+        open_image(file.getvalue(), max_pixels=1000)
+
+
+def test_libtiff_says_nothing_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits"):
+        clean = np.frombuffer(encoded(halves(), "TIFF", compression=compression), dtype=np.uint8)
+        for _ in range(30):
+            data = clean.copy()
+            data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
+            data[len(data) - 1 - random.integers(0, 150)] = random.integers(0, 256)
+            with contextlib.suppress(ImageError):
+                open_image(data.tobytes())
+    assert capfd.readouterr().err == ""
+
+
+def test_whatever_the_bytes_it_is_a_picture_or_one_line() -> None:
+    """Heads of all formats with anything behind them, and files with bytes put in, taken out and doubled."""
+    random = np.random.default_rng(3)
+    formats = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000", "ICO", "PPM")
+    whole = [encoded(halves(), format) for format in formats]
+    heads = [data[:16] for data in whole] + [b"", b"\0\0\0\x18ftypheic", b"\0\0\0\x18ftypavif", b"qoif", b"%PDF"]
+    for round in range(600):
+        if round % 2:
+            data = heads[round % len(heads)] + random.bytes(int(random.integers(0, 400)))
+        else:
+            clean = whole[round % len(whole)]
+            a, b = sorted(random.integers(0, len(clean), 2))
+            data = clean[:a] + random.bytes(int(random.integers(0, 20))) + clean[(a, b)[round // 2 % 2] :]
+        start = time.perf_counter()
+        try:
+            assert open_image(data, max_pixels=10_000_000).mode == "RGB"
+        except ImageError as error:
+            assert len(f"error: {error}") <= 300 and str(error).isprintable()
+        assert time.perf_counter() - start < 2
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.9])
 def test_truncated(format: str, share: float) -> None:
@@ -236,7 +366,7 @@ def test_bad_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     # The superuser can read everything, so the refusal is played.
-    monkeypatch.setattr("mplug_core.data.images.open", refuse, raising=False)
+    monkeypatch.setattr("mplug_core.data.folders.open", refuse, raising=False)
     assert code(path) == "unreadable"
 
 
@@ -246,14 +376,36 @@ def test_names_are_safe_to_print() -> None:
     message.encode("utf-8")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_pipe_is_read(tmp_path: Path) -> None:
-    fifo = tmp_path / "pipe"
-    os.mkfifo(fifo)
-    (tmp_path / "photo.png").write_bytes(encoded(halves(), "PNG"))
-    writer = subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', str(tmp_path / "photo.png"), str(fifo)])
-    assert open_image(fifo).size == (64, 48)
-    writer.wait()
+def test_a_pipe_of_the_shell_is_read() -> None:
+    read, write = os.pipe()
+    os.write(write, encoded(halves(), "PNG"))
+    os.close(write)
+    assert open_image(f"/dev/fd/{read}").size == (64, 48)
+    os.close(read)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "to_zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(tmp_path / "socket.jpg"))
+        start = time.perf_counter()
+        wanted = {"pipe": "named pipe", "to_zero": "a device", "socket": "a socket", "loop": "levels"}
+        for name, words in wanted.items():
+            with pytest.raises(ImageError, match=words) as caught:
+                open_image(tmp_path / f"{name}.jpg")
+            assert caught.value.code == "unreadable"
+    assert time.perf_counter() - start < 1
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 1 << 20)
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate((1 << 20) + 1)
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path / "large.png")
+    assert caught.value.code == "too_large"
 
 
 def test_no_warning_and_no_torchvision(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mplug_core.data.records import FORMATS
 from mplug_core.data.records.inspection import TASKS, inspect
 from mplug_core.data.records.types import KIND_FORMATS
 from mplug_core.errors import DataError
-from tests.data.layouts import picture, refcoco, write_json, write_lines
+from tests.data.layouts import entities, picture, refcoco, write_json, write_lines
 
 
 @pytest.fixture
@@ -54,6 +54,26 @@ def test_tasks_are_told_apart(tmp_path: Path) -> None:
     assert [view.task for view in inspect(tmp_path / "y.json").tasks] == ["statements"]
     (view,) = inspect(refcoco(tmp_path / "refcoco")).tasks
     assert [(split.split, split.records) for split in view.splits] == [("train", 2), ("testA", 1)]
+
+
+def test_captions_and_phrases_of_entities(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = inspect(entities(tmp_path))
+    assert [(view.task, [(s.split, s.format, s.usable) for s in view.splits]) for view in found.tasks] == [
+        ("caption", [("test", "entities", 1), ("train", "entities", 1)]),
+        ("grounding", [("test", "entities", 1), ("train", "entities", 3)]),
+    ]
+    assert (
+        main(["data", "inspect", str(tmp_path), "--task", "grounding", "--format", "entities", "--split", "train"]) == 0
+    )
+    shown = capfd.readouterr().out
+    assert "entities" in shown and "red hats" in shown
+
+
+def test_a_hidden_split_is_shown_as_hidden(tmp_path: Path) -> None:
+    write_lines(tmp_path / "hidden/hidden.json", {"sentence": "two boxes", "identifier": "15-0"})
+    picture(*(tmp_path / f"hidden/images/0/hidden-15-0-{k}.png" for k in range(6)))
+    (view,) = inspect(tmp_path).tasks
+    assert (view.task, view.histogram, view.splits[0].usable) == ("statements", {"hidden": 6}, 6)
 
 
 def test_nothing_to_understand(tmp_path: Path) -> None:

@@ -23,7 +23,16 @@ from mplug_core.data.records import (
 from mplug_core.data.records.finding import find
 from mplug_core.data.records.reading import Reading, read_records
 from mplug_core.errors import DataError
-from tests.data.layouts import picture, refcoco, vqa_annotations, vqa_questions, write_json, write_lines
+from tests.data.layouts import (
+    entities,
+    entities_xml,
+    picture,
+    refcoco,
+    vqa_annotations,
+    vqa_questions,
+    write_json,
+    write_lines,
+)
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data beside the project")
@@ -53,9 +62,10 @@ def test_flickr30k_csv(tmp_path: Path) -> None:
         "1.jpg| 0| a dog , running | fast",
         "1.jpg| 1   a dog",
         "1.jpg| 0| x",
+        "1.jpg| 0| x",
     )
     found = read_captions(write_lines(tmp_path / "results.csv", *lines).parent)
-    assert found.format == "flickr30k" and of_images(found) == {"1.jpg": ("a dog , running | fast",)}
+    assert found.format == "flickr30k" and of_images(found) == {"1.jpg": ("a dog , running | fast", "x")}
     assert ['field "caption" is missing' in found.broken[0].message, "duplicate" in found.broken[1].message] == [
         True
     ] * 2
@@ -259,6 +269,67 @@ def test_coco_boxes(tmp_path: Path) -> None:
     assert found.format == "coco_boxes" and ["category_id" in found.broken[0].message, len(found.broken)] == [True, 2]
 
 
+@pytest.mark.parametrize("names", [("Sentences", "Annotations"), ("sentences", "annotations")])
+def test_phrases_of_flickr30k_entities(names: tuple[str, str], tmp_path: Path) -> None:
+    """Several boxes are one around all; what is the scene or not to be seen is left out and is no fault."""
+    found = read_phrases(entities(tmp_path, *names), "train")
+    girls, hats = (0.1, 0.1, 0.6, 0.9), (0.12, 0.1, 0.2, 0.2)
+    image = tmp_path / "flickr30k-images/10.jpg"
+    assert found.records == [
+        PhraseRecord(image, "Two girls", girls, "10/1/1"),
+        PhraseRecord(image, "red hats", hats, "10/3/1"),
+        PhraseRecord(image, "Girls", girls, "10/1/2"),
+    ]
+    assert found.records[0].size == (100, 50)
+    assert (found.format, found.broken, found.missing) == ("entities", [], [])
+    assert [record.phrase for record in read_phrases(tmp_path, "test")] == ["A dog"]
+    assert read_phrases(tmp_path, "test", format="entities").records == read_phrases(tmp_path, "test").records
+    assert len(read_phrases(tmp_path / names[0], "train")) == 3  # the folder of sentences names the whole
+    with pytest.raises(DataError, match="several splits"):
+        read_phrases(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").unlink()
+    assert len(read_phrases(tmp_path)) == 4
+    assert len(read_phrases(tmp_path, "[id%11==0]")) == 1
+
+
+def test_entities_without_boxes_are_captions_alone(tmp_path: Path) -> None:
+    folder = entities(tmp_path)
+    for file in (folder / "Annotations").iterdir():
+        file.unlink()
+    found = read_captions(folder, "train")
+    with pytest.raises(DataError, match=r"10\.xml: No such file"):
+        read_phrases(folder, "train")
+    (folder / "Annotations").rmdir()
+    assert read_captions(folder, "train").records == found.records
+    with pytest.raises(DataError, match="no phrases"):
+        read_phrases(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        ("<annotation>", "expected XML: no element found"),
+        ("", "expected XML"),
+        ("<!DOCTYPE x [<!ENTITY a 'b'>]><annotation/>", "without declarations"),
+        ("<annotation/>", 'field "width"'),
+        (entities_xml(("7", [[1, 1, 20, 20]]), size=(0, 50)), "positive width"),
+        (entities_xml(("7", [[1, 1, 20, 20]])).replace("<xmax>20", "<xmax>wide"), 'object 1: field "xmax"'),
+        (entities_xml(("7", [[1, 1, 20, 20], [5, 5, 9, 9]])).replace("<ymin>5", "<ymin>nan"), 'object 2: field "ymin"'),
+        (entities_xml(("7", [[1, 1, 1, 20]])), "x0 < x1"),
+        (entities_xml(("7", [[1, 1, 300, 20]])), "inside the image"),
+    ],
+)
+def test_faults_of_entities_are_named(xml: str, message: str, tmp_path: Path) -> None:
+    folder = entities(tmp_path)
+    (folder / "Annotations/11.xml").write_text(xml)
+    write_lines(folder / "all.txt", "10", "11", "12")
+    found = read_phrases(folder, "all")
+    assert len(found) == 3 and len(found.broken) == 2
+    assert message in found.broken[0].message and "11." in found.broken[0].message
+    assert "sentences of image 12" in found.broken[1].message
+
+
 @pytest.mark.parametrize("place", ["images/", "dev/", "images/dev/", "images/train/31/"])
 def test_nlvr2(place: str, tmp_path: Path) -> None:
     entry = {"identifier": "dev-850-2-1", "sentence": "both", "label": "True", "directory": 31}
@@ -283,6 +354,36 @@ def test_nlvr(tmp_path: Path) -> None:
         assert found.format == "nlvr" and found.missing == images[5:] and len(found.broken) == 1
         assert found.records[1] == StatementRecord((images[1],), "two boxes", True, "dev-15-0-1", "dev-15-0")
         assert len(found) == 5
+
+
+@pytest.mark.parametrize("name", ["hidden.json", "hidden_final.json", "hidden2.json", "hidden.jsonl"])
+@pytest.mark.parametrize("label", [None, "false"])
+def test_the_hidden_split_of_nlvr(name: str, label: str | None, tmp_path: Path) -> None:
+    """It does not say in which numbered folder an image is, and it may have no labels."""
+    entry = {"sentence": "two boxes", "identifier": "15-0", "structured_rep": []} | ({"label": label} if label else {})
+    write_lines(tmp_path / "hidden" / name, entry, {**entry, "identifier": "16-3"})
+    images = [tmp_path / f"hidden/images/{k % 2}/hidden-15-0-{k}.png" for k in range(6)]
+    images += [tmp_path / f"hidden/images/11/hidden-16-3-{k}.png" for k in range(6)]
+    picture(*images)
+    places = [(tmp_path / "hidden" / name, None), (tmp_path / "hidden", None), (tmp_path / "hidden", "hidden")]
+    places += [] if name.endswith("l") else [(tmp_path, "hidden")]
+    for path, split in places:
+        found = read_statements(path, split).complete()
+        assert found.format == "nlvr" and [record.images for record in found] == [(image,) for image in images]
+        assert {record.label for record in found} == {False if label else None}
+        assert (found.records[7].identifier, found.records[7].group) == ("hidden-16-3-1", "hidden-16-3")
+
+
+def test_splits_of_nlvr_stand_side_by_side(tmp_path: Path) -> None:
+    entry = {"sentence": "two boxes", "identifier": "15-0", "structured_rep": []}
+    write_lines(tmp_path / "dev/dev.json", {**entry, "label": "true", "directory": "2"})
+    write_lines(tmp_path / "hidden/hidden.json", entry)
+    write_lines(tmp_path / "hidden/hidden2.json", {**entry, "sentence": "an older file"})
+    picture(tmp_path / "dev/images/2/dev-15-0-0.png", tmp_path / "hidden/images/0/hidden-15-0-0.png")
+    assert [record.label for record in read_statements(tmp_path, "dev")] == [True]
+    assert [(record.label, record.statement) for record in read_statements(tmp_path, "hidden")] == [(None, "two boxes")]
+    with pytest.raises(DataError, match="several splits"):
+        read_statements(tmp_path)
 
 
 def test_statements_on_one_image_and_hidden_labels(tmp_path: Path) -> None:

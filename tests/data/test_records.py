@@ -328,10 +328,11 @@ def test_entailments(folder: Path) -> None:
     [
         ("flickr8k", "val", False, 92, 460),
         ("flickr8k", "train", False, 773, 3865),
-        ("flickr8k", "text_only", True, 7091, 35437),
+        ("photos/flickr8k", "train", False, 6390, 31941),
+        ("photos/flickr8k", "text_only", True, 23692, 118457),
         ("coco", "val2017", False, 205, 1025),
         ("coco", "train", False, 80, 400),
-        ("coco", "text_only", True, 4700, 23490),
+        ("photos/coco", "text_only", True, 34446, 80198),
     ],
 )
 def test_real_data(place: str, split: str, text_only: bool, images: int, captions: int) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -16,8 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mplug_cli.data import data
-from mplug_core.data.records import read_captions
+from mplug_core.data.records import read_captions, read_entailments
 from mplug_core.data.scenes import (
+    SMALL_WORLD,
     SPLITS,
     WORLD,
     Scene,
@@ -26,6 +28,7 @@ from mplug_core.data.scenes import (
     caption_correct,
     captions,
     entailments,
+    holds_scenes,
     parse_caption,
     patch_labels,
     phrases,
@@ -33,6 +36,7 @@ from mplug_core.data.scenes import (
     read_scenes,
     render,
     sample_scene,
+    shortcut_accuracy,
     statements,
     text_only_accuracy,
     write_scenes,
@@ -333,10 +337,18 @@ def label_of(scene: Scene, hypothesis: str) -> str:
         proven, refuted = False, bool(matching(scene, " ".join(words[3:])))
     elif words[:2] == ["there", "is"]:
         proven, refuted = bool(matching(scene, " ".join(words[2:]))), False
-    else:
+    elif any(f" {r} " in hypothesis for r in SIDES):
         subject, relation, other = split_relation(hypothesis.replace(" is ", " "))
-        pairs = itertools.product(matching(scene, subject), matching(scene, other))
-        proven, refuted = any(on_side(a, relation, b) for a, b in pairs), False
+        pairs = list(itertools.product(matching(scene, subject), matching(scene, other)))
+        assert len(pairs) <= 1 and (pairs or hidden)  # everyone knows which are meant, or they may be hidden
+        proven = any(on_side(a, relation, b) for a, b in pairs)
+        refuted = bool(pairs) and not proven
+    else:
+        subject, said = hypothesis.replace(" not ", " ").split(" is ")
+        things = matching(scene, subject)
+        assert len(things) <= 1 and (things or hidden)
+        fits = bool(matching(scene, f"{subject} {said}")) != ("not" in words)
+        proven, refuted = bool(things) and fits, bool(things) and not fits
     if proven or refuted:
         return "entailment" if proven else "contradiction"
     if hidden:
@@ -346,11 +358,33 @@ def label_of(scene: Scene, hypothesis: str) -> str:
 
 
 def test_entailments_are_labelled_right(scenes: list[Scene]) -> None:
+    numbers = []
     for i, scene in enumerate(scenes):
         found = entailments(scene, Random(i))
-        assert len(found) == 2
+        assert len(scene.objects) > 1 or not found
+        numbers.append(len(found))
         for hypothesis, label in found:
             assert label_of(scene, hypothesis) == label, hypothesis
+    assert 1.2 < sum(numbers) / len(numbers) < 2
+
+
+def test_entailments_name_what_is_to_be_seen(scenes: list[Scene]) -> None:
+    """Each colour, shape and size by itself, whatever the label: looking for one of them tells nothing."""
+    for i, scene in enumerate(scenes):
+        seen = {v for o in scene.objects for v in (o.shape, o.color, o.size)}
+        for hypothesis, _ in entailments(scene, Random(i)):
+            for word in hypothesis.split():
+                if word not in ("object", "is") and word in {*WORLD.colors, *WORLD.sizes, *WORLD.shapes}:
+                    assert word in seen, hypothesis
+
+
+def test_entailments_of_a_world_without_curtains() -> None:
+    found = [
+        e for i in range(200) for e in entailments(sample_scene(1, "train", i, SMALL_WORLD), Random(i), SMALL_WORLD)
+    ]
+    labels = [label for _, label in found]
+    assert set(labels) == {"entailment", "contradiction"} and len(labels) > 100
+    assert 0.4 < labels.count("entailment") / len(labels) < 0.6
 
 
 # ---- what the text alone gives away
@@ -373,6 +407,66 @@ def test_text_alone_does_not_tell(folder: Path) -> None:
     for name, records in pairs.items():
         scores = text_only_accuracy([t for t, _ in records], [y for _, y in records])
         assert max(scores.values()) <= chance[name] + 0.12, (name, scores)
+
+
+@pytest.mark.parametrize("split", ["train", pytest.param("held_out", marks=pytest.mark.slow)])
+def test_entailment_has_no_shortcut(split: str) -> None:
+    """Rules on texts, the curtain, and how often each single attribute is to be seen; fitted on other scenes."""
+    fitted, measured = (
+        [
+            ((scene,), hypothesis, label)
+            for i in range(number)
+            for scene in [sample_scene(seed, split, i)]
+            for hypothesis, label in entailments(scene, Random(i))
+        ]
+        for seed, number in ((11, 1600), (12, 1000))
+    )
+    labels = Counter(label for _, _, label in fitted + measured)
+    assert all(0.28 < n / labels.total() < 0.38 for n in labels.values()), labels
+    scores = shortcut_accuracy(fitted, measured)
+    assert max(scores.values()) <= 0.45, scores
+
+
+def test_yes_and_no_have_no_shortcut() -> None:
+    """Neither the text nor single things in the pictures alone tell yes from no, left from right, true from false."""
+
+    def examples(seed: int, number: int) -> dict[str, list]:
+        found: dict[str, list] = {}
+        world = [sample_scene(seed, "train", i) for i in range(number)]
+        for i, scene in enumerate(world):
+            for question, answer, kind in questions(scene, Random(i)):
+                if kind == "exists" or (kind == "relation" and not question.startswith("what")):
+                    name = kind if answer in ("yes", "no") else "one of two sides"
+                    found.setdefault(name, []).append(((scene,), question, answer))
+        for i in range(0, number, 2):
+            for statement, label in statements(*world[i : i + 2], Random(i)):
+                found.setdefault("statements", []).append((world[i : i + 2], statement, label))
+        return found
+
+    fitted, measured = examples(21, 1200), examples(22, 700)
+    assert set(fitted) == {"exists", "relation", "one of two sides", "statements"}
+    for name, asked in measured.items():
+        scores = shortcut_accuracy(fitted[name], asked)
+        assert max(scores["table"], scores["texts"], scores["pictures"]) <= 0.58, (name, scores)
+
+
+@pytest.mark.parametrize("leak", ["curtain", "a named colour", "a count and a word"])
+def test_shortcut_accuracy_finds_a_leak(leak: str) -> None:
+    rng = Random(0)
+    examples = []
+    for i in range(800):
+        scene = sample_scene(1, "train", i)
+        color = rng.choice(list(WORLD.colors))
+        text = f"there is {rng.choice(('a', 'no'))} {color} object"
+        label = {
+            "curtain": scene.curtain is not None,
+            "a named colour": any(o.color == color for o in scene.objects),
+            "a count and a word": (len(scene.objects) > 2) == (" no " in text),
+        }[leak]
+        examples.append(((scene,), text, label))
+    scores = shortcut_accuracy(examples[:500], examples[500:])
+    assert scores["all"] > 0.95, scores
+    assert scores["texts"] < 0.75, scores
 
 
 def test_text_only_accuracy_finds_a_leak() -> None:
@@ -425,6 +519,22 @@ def test_layout(folder: Path) -> None:
             assert a % 2 == 0 and b == a + 1
         with Image.open(folder / split / lines["scenes"][0]["image"]) as image:
             assert image.size == (96, 96) and image.mode == "RGB"
+
+
+def test_a_folder_of_older_texts_is_read_and_made_anew(tmp_path: Path) -> None:
+    out = tmp_path / "old"
+    write_scenes(out, n=4, seed=1, size=48)
+    assert holds_scenes(out, 4, 1, 48)
+    assert not any(holds_scenes(out, *other) for other in ((5, 1, 48), (4, 2, 48), (4, 1, 96)))
+    about = json.loads((out / "scenes.json").read_text())
+    (out / "scenes.json").write_text(json.dumps(about | {"version": 1}))
+    assert not holds_scenes(out, 4, 1, 48)
+    lines = [{"image": f"images/00000{i}.jpg", "hypothesis": "there is a circle", "label": "neutral"} for i in range(2)]
+    (out / "train" / "entailments.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(read_scenes(out / "train" / "scenes.jsonl")) == 4
+    assert [record.hypothesis for record in read_entailments(out, "train")] == ["there is a circle"] * 2
+    write_scenes(out, n=4, seed=1, size=48)
+    assert holds_scenes(out, 4, 1, 48)
 
 
 def test_splits_share_no_scene(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -20,9 +21,9 @@ import torch
 from PIL import Image
 
 from mplug_cli.app import main
+from mplug_core import download as downloads
 from mplug_core.data.batches import Drawn, Lots
 from mplug_core.data.records import read_captions, read_entailments, read_phrases, read_questions, read_statements
-from mplug_core.data.shards import download as downloads
 from mplug_core.data.shards import remote as remote_folders
 from mplug_core.data.shards.download import download
 from mplug_core.data.shards.index import PackIndex, parse_index
@@ -262,6 +263,40 @@ def test_tables_of_urls(server: tuple[str, Path, Counter[str]], tmp_path: Path, 
     assert asked["/flaky/0.jpg"] == 2 and asked["/none.jpg"] == 1
     captions = [record.captions for record in Pack(LocalFolder(tmp_path / "pack")).records("captions")]
     assert captions == [(f"photo number {k}",) for k in range(4)]
+
+
+def test_urls_as_people_write_them(server: tuple[str, Path, Counter[str]], tmp_path: Path) -> None:
+    url, root, _ = server
+    (root / "caf\u00e9").mkdir()
+    names = ["a b.jpg", "caf\u00e9/chat.jpg", "plain.jpg"]
+    for k, name in enumerate(names):
+        (root / name).write_bytes(jpeg(k))
+    mine = url.replace("http://", "HTTP://me:hunter2@")
+    rows = [f"photo {k}\t{url}/{name}" for k, name in enumerate(names)]
+    rows += [f"photo 3\t {mine}/plain.jpg?token=hunter2 ", f"photo 4\t{mine}/a b.jpg?sig=hunter2"]
+    rows += [f"photo 5\t{mine}/none.jpg?token=hunter2", "photo 6\thttp://me:hunter2/x@host/y.jpg"]
+    (tmp_path / "pairs.tsv").write_text("\n".join(rows), encoding="utf-8")
+    report = pack(PackOptions(str(tmp_path / "pairs.tsv")), tmp_path / "pack", max_bad=1, retries=0, timeout=5)
+    assert report.index.samples == 5 and report.index.left_out == {"bad_url": 1, "missing": 1}
+    records = list(Pack(LocalFolder(tmp_path / "pack")).records("captions"))
+    assert len({record.image_id for record in records}) == 5
+    files = [file for file in (tmp_path / "pack").rglob("*") if file.is_file()]
+    texts = [gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in files]
+    assert len(files) > 3 and not any(b"hunter2" in text for text in texts)
+    assert "hunter2" not in str(report.first_bad)
+
+
+def test_packs_with_a_password_and_a_signature(
+    hundred: Path, server: tuple[str, Path, Counter[str]], tmp_path: Path
+) -> None:
+    url, root, asked = server
+    (root / "my pack").symlink_to(hundred)
+    address = f"{url.replace('http://', 'http://me:hunter2@')}/my pack?sig=hunter2"
+    there = stream(Pack(remote(address, tmp_path / "cache")))
+    assert len(numbers(there.draw(0, 0))) == 4 and "/my%20pack/index.json?sig=hunter2" in asked
+    with pytest.raises(DataError) as caught:
+        stream(Pack(remote(address.replace("my", "no"), tmp_path / "other"))).draw(0, 0)
+    assert "hunter2" not in str(caught.value) and "***@" in str(caught.value)
 
 
 @pytest.mark.parametrize(

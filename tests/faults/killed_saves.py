@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from mplug_core import atomic
 from mplug_core.recipe import Recipe
 from mplug_core.training import checkpoint
 from mplug_core.training.trainer import train
-from mplug_core.weights import durable
 from mplug_core.weights.tensor_files import TensorFile
 
 STEP, OLD = "step-00000004", "step-00000002"
@@ -68,7 +68,7 @@ POINTS: dict[str, Callable[[], None]] = {
         shutil, "rmtree", lambda path, *rest: Path(path).name == f".old-{OLD}" and Path(path).exists(), half_removed
     ),
     "model_folder": lambda: before(
-        durable, "exchange", lambda one, other: (Path(other).parent / "checkpoints" / STEP).exists()
+        atomic, "exchange", lambda one, other: (Path(other).parent / "checkpoints" / STEP).exists()
     ),
 }
 

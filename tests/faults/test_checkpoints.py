@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mplug_core import atomic
 from mplug_core.errors import CheckpointError, MplugError
 from mplug_core.recipe import Recipe
 from mplug_core.training.checkpoint import ROOM, find_fault, latest_checkpoint, sha256
@@ -88,7 +90,8 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    """What is in the folder of checkpoints, but for what makes temporary names differ."""
+    return sorted(re.sub(r"-[0-9a-f]{8}\.new$", ".new", path.name) for path in (run / "checkpoints").iterdir())
 
 
 def reseal(folder: Path, name: str) -> None:
@@ -302,7 +305,7 @@ def test_full_disk(
     assert equal(weights(moved), weights(whole)) and metrics(moved) == metrics(whole)
 
 
-@pytest.mark.parametrize("file", ["engine-", "parts", "random-", "model.safetensors", "manifest.json", ".latest.new"])
+@pytest.mark.parametrize("file", ["engine-", "parts", "random-", "model.safetensors", "manifest.json", ".latest-"])
 def test_write_that_fails(
     scenes: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -310,11 +313,12 @@ def test_write_that_fails(
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def refuse(place: Path) -> None:
-        fourth = "step-00000004" in str(place) or (place.name == ".latest.new" and step_folder(run, 4).exists())
+        fourth = "step-00000004" in str(place) or (place.name.startswith(".latest-") and step_folder(run, 4).exists())
         if fourth and file in place.name:
             raise full
 
     real_add, real_write, run = tensor_files.TensorFile.add, Path.write_text, tmp_path / "run"
+    real_sync = atomic.sync_file
 
     def add(self: Any, name: str, tensor: Any) -> None:
         refuse(self.file)
@@ -324,9 +328,14 @@ def test_write_that_fails(
         refuse(self)
         return real_write(self, *args, **kwargs)
 
+    def sync_file(file: Path) -> None:
+        refuse(file)
+        real_sync(file)
+
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files.TensorFile, "add", add)
         patch.setattr(Path, "write_text", write_text)
+        patch.setattr(atomic, "sync_file", sync_file)
         with pytest.raises(MplugError, match=r"cannot save checkpoint step-00000004.*No space left") as caught:
             go_on(scenes, run)
     assert "step-00000002 is whole" in caught.value.hint

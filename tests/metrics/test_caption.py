@@ -158,6 +158,23 @@ def test_meteor_ends(behaviour: str, fake_java: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the fake java is a shell script")
+@pytest.mark.parametrize("behaviour", ["sleep 60", "exec sleep 60", "sleep 60 & sleep 60; exit 0"])
+def test_a_java_that_never_answers(behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, good = tmp_path / "silent", tmp_path / "good"
+    script(silent, behaviour)
+    script(good, "exit 0")
+    monkeypatch.setattr(caption, "_PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(caption, "_PREFERENCE_SECONDS", 0.2)
+    monkeypatch.setattr(caption, "_START_SECONDS", 0.5)
+    start = time.perf_counter()
+    assert caption._first_that_starts([str(silent)]) is None
+    assert caption._first_that_starts([str(silent), str(tmp_path / "none"), str(good)]) == str(good)
+    with pytest.raises(MplugError, match="no answer"):
+        caption._run([str(silent)], "x" * 200_000, 1, "it")
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the fake java is a shell script")
 def test_meteor_says_what_java_said(fake_java: Path) -> None:
     # More than a pipe holds, before the message.
     script(fake_java, "yes noise | head -c 300000 >&2; echo 'java.lang.OutOfMemoryError: heap' >&2; exit 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mplug_core.metrics.retrieval import first_ranks, recall, recalls, score_retrieval
+from mplug_core.metrics.retrieval import first_ranks, recalls, score_retrieval
 
 NAN = float("nan")
 
@@ -43,7 +43,7 @@ def test_infinite_scores() -> None:
 def test_queries_without_a_right_answer_and_without_candidates() -> None:
     assert first_ranks(torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.bool)).tolist() == [4, 4]
     assert first_ranks(torch.rand(2, 0), torch.zeros(2, 0, dtype=torch.bool)).tolist() == [1, 1]
-    assert recall([], 1) == 0.0
+    assert recalls([], [])["i2t_r1"] == recalls([], [])["r_mean"] == 0.0
     with pytest.raises(ValueError, match="shape"):
         first_ranks(torch.rand(2, 3), torch.zeros(3, 2, dtype=torch.bool))
 

@@ -73,7 +73,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
     [
         (None, "cannot read .*config.json"),
         ("{", "is not JSON"),
-        ("\x00\xff", "is not JSON"),
+        ("\x00\xff", "is not UTF-8"),
         ('{"width": 10, "heads": 3}', "not a multiple of heads"),
         ('{"wdth": 10}', "wdth"),
         ("[]", "config.json"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mplug_core.errors import CheckpointError
+from mplug_core.model.mplug import MplugModel
 from mplug_core.model.vision import PatchProjection, VisualEncoder, resize_positions
 from tests.small import CNN, VIT, small_config, small_model
 
@@ -107,6 +108,51 @@ class TestResizePositions:
     def test_refuses_what_is_no_square(self) -> None:
         with pytest.raises(CheckpointError, match="7 cells is not a square"):
             resize_positions(torch.randn(8, 4), (3, 3))
+
+
+class TestSubcells:
+    VISION = {"backbone": "tf_efficientnet_lite0", "image_size": 64, "levels": [2, 3]}
+
+    @pytest.mark.parametrize("subcells", [1, 2])
+    def test_levels_lie_where_their_pixels_lie(self, subcells: int) -> None:
+        encoder = VisualEncoder(small_config(vision={**self.VISION, "subcells": subcells})).eval()
+        pixels = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            last, levels = encoder.split_levels(encoder(pixels))
+            _, raw = encoder.backbone.forward_intermediates(pixels, indices=[2, 3])
+        assert encoder.grid == (2, 2) and encoder.token_grid == (2 * subcells, 2 * subcells)
+        assert last.shape == (2, 4, 1280)
+        for level, grid in zip(levels, raw, strict=True):
+            side = grid.shape[-1] // (2 * subcells)
+            want = torch.nn.functional.pixel_unshuffle(grid, side).flatten(2).transpose(1, 2)
+            torch.testing.assert_close(level, want, rtol=1e-3, atol=1e-4)
+
+    def test_tokens_of_a_model(self) -> None:
+        model = MplugModel(small_config(vision={**self.VISION, "subcells": 2})).eval()
+        pixels = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            fine = model.encode_image(pixels).tokens
+            model.pooling = 2
+            coarse = model.encode_image(pixels).tokens
+        assert fine.shape == (1, 16, 32) and coarse.shape == (1, 4, 32)
+        torch.testing.assert_close(coarse[0, 3], fine[0, [10, 11, 14, 15]].mean(0))
+
+    @pytest.mark.parametrize(("levels", "subcells"), [([3], 4), ([], 2)])
+    def test_levels_that_are_too_coarse_are_named(self, levels: list[int], subcells: int) -> None:
+        with pytest.raises(CheckpointError, match="times as fine"):
+            VisualEncoder(small_config(vision={**self.VISION, "levels": levels, "subcells": subcells}))
+
+    @pytest.mark.parametrize("vision", [VISION, {**CNN, "levels": [1, 2]}, {**CNN, "levels": []}, VIT])
+    def test_the_stem_is_the_beginning_of_the_network(self, vision: dict) -> None:
+        model = MplugModel(small_config(vision=vision))
+        model.freeze(["stem"])
+        learned = [name for name, p in model.visual.named_parameters() if p.requires_grad]
+        frozen = [name for name, p in model.visual.named_parameters() if not p.requires_grad]
+        assert learned and frozen
+        order = [name for name, _ in model.visual.named_parameters()]
+        if vision is not VIT:
+            assert order[: len(frozen)] == frozen
+        assert all(p.requires_grad for p in model.decoder.parameters())
 
 
 class TestConvolutional:

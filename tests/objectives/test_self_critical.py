@@ -47,8 +47,9 @@ def marks(written: list[list[list[int]]]) -> list[list[float]]:
 def test_log_probabilities_are_those_of_the_search(variant: str) -> None:
     """One pass over finished captions gives each the sum that the search has added up token by token."""
     model, (seen, mask) = decoder(), memory()
-    decoding = Decoding(strategy=variant, beams=3, best=3, top_p=1.0, min_tokens=0, max_tokens=6)
-    found = generate(model, seen, mask, decoding, start=START, end=END, generator=torch.Generator())
+    best = 3 if variant == "beam" else 40
+    decoding = Decoding(strategy=variant, beams=3, best=best, top_p=1.0, min_tokens=0, max_tokens=6)
+    found = generate(model, seen, mask, decoding, start=START, end=END, seeds=[10, 11, 12, 13][: len(seen)])
     assert len({len(h.ids) for row in found for h in row}) > 1  # so that there is padding
     scores, numbers = log_probabilities(
         model, seen, mask, [[h.ids for h in row] for row in found], start=START, end=END
@@ -110,7 +111,7 @@ def test_the_estimated_gradient_is_that_of_the_expected_reward() -> None:
     def worth(ids: list[int]) -> float:
         return 5.0 if ids == best else 0.3 * (ids[0] == 4) + 0.7 * (len(ids) == 1)
 
-    chosen = settings("sample", 30000, max_tokens=2, min_tokens=0)
+    rows, chosen = 250, settings("sample", 120, max_tokens=2, min_tokens=0)
     every = [[END], *([a, b] for a in writable[1:] for b in writable)]
     scores, numbers = log_probabilities(model, seen, mask, [every], **SPECIAL)
     chances = scores[0].exp()
@@ -120,7 +121,8 @@ def test_the_estimated_gradient_is_that_of_the_expected_reward() -> None:
     parts = [model.head.bias, model.layers[0].cross.kv.weight]
     expected = [-g / length for g in torch.autograd.grad(reward, parts)]
     found = self_critical(
-        model, seen, mask, lambda w: [[worth(ids) for ids in row] for row in w], chosen, **SPECIAL,
+        model, seen.expand(rows, -1, -1), mask.expand(rows, -1),
+        lambda w: [[worth(ids) for ids in row] for row in w], chosen, **SPECIAL,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for estimate, right in zip(torch.autograd.grad(found.loss, parts), expected, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 from mplug_core.errors import ImageError
 from mplug_core.search import store
@@ -29,7 +30,7 @@ def same(first: Gallery, second: Gallery) -> bool:
 def test_the_second_time_nothing_is_opened(loaded: Loaded, photos: Path, names: list[str], reader) -> None:
     first = open_gallery(loaded, names, reader, batch_size=4)
     assert (first.computed, sorted(reader.opened)) == (6, [Path(n).name for n in names])
-    assert len(files(photos)) == 1 and files(photos)[0].parent == photos / ".mplug"
+    assert len(files(photos)) == 1 and files(photos)[0].parent.parent == photos / ".mplug"
     second = open_gallery(loaded, names, reader)
     assert second.computed == 0 and len(reader.opened) == 6 and torch.equal(first.features, second.features)
 
@@ -63,8 +64,8 @@ def test_changed_added_and_deleted_files(loaded: Loaded, photos: Path, names: li
     now = [str(photo) for photo in sorted(photos.glob("*.png"))]
     gallery = open_gallery(loaded, now, reader)
     assert sorted(reader.opened) == ["2.png", "6.png"] and gallery.computed == 2
-    known = {name for name, _ in read_store(str(photos), fingerprint(loaded), 16).known}
-    assert known == {"0.png", "1.png", "2.png", "3.png", "5.png", "6.png"}
+    known = read_store(str(photos), fingerprint(loaded), 16)
+    assert known.names() == {"0.png", "1.png", "2.png", "3.png", "5.png", "6.png"}
     assert same(gallery, open_gallery(loaded, now, reader, keep=False))
 
 
@@ -85,7 +86,7 @@ def test_each_folder_has_its_own(loaded: Loaded, photos: Path, names: list[str],
     shutil.copytree(photos, photos / "deep")
     every = [*names, *(str(photos / "deep" / Path(name).name) for name in names)]
     assert open_gallery(loaded, every, reader).computed == 12
-    assert [file.parent.parent for file in files(photos)] == [photos, photos / "deep"]
+    assert [file.parent.parent.parent for file in files(photos)] == [photos, photos / "deep"]
 
 
 def test_an_image_named_twice_is_there_once(loaded: Loaded, names: list[str], reader) -> None:
@@ -110,6 +111,15 @@ def test_bad_images_are_reported_each_time(loaded: Loaded, photos: Path, names: 
         assert gallery.names == names
 
 
+CHANGES = {
+    "other shape": {"features": torch.zeros(5, 16)},
+    "other stamps": {"stamps": torch.zeros(6, 3, dtype=torch.int64)},
+    "ends are no numbers of bytes": {"ends": torch.zeros(6)},
+    "fewer names": {"ends": torch.tensor([5, 10])},
+    "not numbers": {"features": torch.full((6, 16), float("nan"))},
+}
+
+
 def damage(file: Path, how: str) -> None:
     data = file.read_bytes()
     if how == "cut":
@@ -118,20 +128,16 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(b"")
     elif how == "text":
         file.write_bytes(b"not a store at all, but long enough for a header of safetensors")
-    elif how == "no index":
-        save_file({"features": torch.zeros(6, 16)}, file)
-    elif how == "other shape":
-        save_file({"features": torch.zeros(5, 16)}, file, {"index": '[["0.png", 1, 2]]'})
-    elif how == "index is no list":
-        save_file({"features": torch.zeros(1, 16)}, file, {"index": '{"a": 3}'})
-    elif how == "not numbers":
-        save_file({"features": torch.full((1, 16), float("nan"))}, file, {"index": '[["0.png", 1, 2]]'})
+    elif how in CHANGES:
+        save_file(load_file(file) | CHANGES[how], file)
+    elif how == "no names":
+        save_file({name: value for name, value in load_file(file).items() if name != "names"}, file)
     else:
         file.unlink()
         file.mkdir()
 
 
-DAMAGES = ["cut", "empty", "text", "no index", "other shape", "index is no list", "not numbers"]
+DAMAGES = ["cut", "empty", "text", "no names", *CHANGES, "folder"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -241,7 +247,9 @@ def test_two_at_once_lose_nothing(loaded: Loaded, photos: Path) -> None:
     first, second = (("0.png", stamp_of(str(photos / "0.png"))), ("1.png", stamp_of(str(photos / "1.png"))))
     assert write_store(folder, key, 16, {first: torch.ones(16)}) is None
     assert write_store(folder, key, 16, {second: torch.zeros(16)}) is None
-    assert set(read_store(folder, key, 16).known) == {first, second}
+    known = read_store(folder, key, 16)
+    assert known.names() == {"0.png", "1.png"}
+    assert torch.equal(known.feature(*first), torch.ones(16)) and torch.equal(known.feature(*second), torch.zeros(16))
 
 
 def test_a_write_that_fails_leaves_the_old_store(
@@ -255,7 +263,7 @@ def test_a_write_that_fails_leaves_the_old_store(
 
     monkeypatch.setattr(store.os, "fsync", full)
     assert open_gallery(loaded, names, reader).notes
-    assert [file.name for file in (photos / ".mplug").iterdir()] == [files(photos)[0].name]
+    assert [file.name for file in (photos / ".mplug").rglob("*.safetensors*")] == [files(photos)[0].name]
     assert files(photos)[0].read_bytes() == before
 
 
@@ -270,3 +278,113 @@ def test_stamps(photos: Path) -> None:
     status = (photos / "0.png").stat()
     assert stamp_of(str(photos / "0.png")) == Stamp(status.st_size, status.st_mtime_ns)
     assert stamp_of(str(photos)) is stamp_of("https://example.org/a.jpg") is stamp_of("a\0b") is None
+
+
+def older(folder: Path, key: str, names: list[str]) -> Path:
+    """The one file that earlier versions wrote, of features that no image here has."""
+    stamps = [stamp_of(str(folder / name)) for name in names]
+    index = json.dumps([[n, s.size, s.mtime_ns] for n, s in zip(names, stamps, strict=True)])
+    (folder / ".mplug").mkdir()
+    file = folder / ".mplug" / f"features-{key}.safetensors"
+    file.write_bytes(save({"features": torch.arange(16.0).expand(len(names), 16).contiguous()}, {"index": index}))
+    return file
+
+
+def test_the_file_of_an_earlier_version_is_read_and_replaced(
+    loaded: Loaded, photos: Path, names: list[str], reader
+) -> None:
+    file = older(photos, fingerprint(loaded), ["0.png", "1.png", "2.png", "3.png"])
+    gallery = open_gallery(loaded, names, reader)
+    assert gallery.computed == 2 and not gallery.notes and not file.exists()
+    assert torch.equal(gallery.features[:4], torch.arange(16.0).expand(4, 16))
+    assert open_gallery(loaded, names, reader).computed == 0 and len(files(photos)) == 1
+
+
+def test_a_damaged_file_of_an_earlier_version_is_named(loaded: Loaded, photos: Path, names: list[str], reader) -> None:
+    older(photos, fingerprint(loaded), ["0.png"]).write_bytes(b"junk")
+    gallery = open_gallery(loaded, names, reader)
+    assert gallery.computed == 6 and len(gallery.notes) == 1 and "damaged" in gallery.notes[0]
+
+
+def many(first: int, count: int) -> dict[tuple[str, Stamp], torch.Tensor]:
+    """New features of files with long names."""
+    number = {f"{n:09d}-{'x' * 60}.jpg": n for n in range(first, first + count)}
+    return {(name, Stamp(n, n)): torch.tensor([n, 1.0]) for name, n in number.items()}
+
+
+@pytest.fixture
+def all_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder in which every file is said to be that was ever named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "stamp_of", lambda file: Stamp(*2 * [int(Path(file).name[:9])]))
+    return tmp_path
+
+
+def test_very_many_files(all_there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many names as made the header too large to be read are a part with a short header, written a few times."""
+    monkeypatch.setattr(store, "SMALL", 0)
+    written = []
+    replace = store._replace
+    monkeypatch.setattr(store, "_replace", lambda place, data: (written.append(len(data)), replace(place, data)))
+    folder, step, count = str(all_there), 500, 16_000
+    for first in range(0, count, step):
+        assert write_store(folder, "k", 2, many(first, step)) is None
+    parts = files(all_there)
+    assert len(parts) <= 8
+    assert max(int.from_bytes(part.read_bytes()[:8], "little") for part in parts) < 1000
+    # written anew each time it would be half the number of times as much
+    assert sum(written) < 10 * sum(part.stat().st_size for part in parts)
+    known = read_store(folder, "k", 2)
+    assert known.note is None and len(known.names()) == count
+    for n in (0, 1, count // 2, count - 1):
+        ((of, feature),) = many(n, 1).items()
+        assert torch.equal(known.feature(*of), feature)
+    assert known.feature(of[0], Stamp(1, 1)) is None
+
+
+def test_killed_between_two_parts(all_there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was merged goes when the new part is there: who is killed before has both, and loses nothing."""
+    folder = str(all_there)
+    assert write_store(folder, "k", 2, many(0, 5)) is None
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_store(folder, "k", 2, many(5, 5))
+    assert len(files(all_there)) == 2 and len(read_store(folder, "k", 2).names()) == 10
+    with monkeypatch.context() as patched:
+        patched.setattr(store.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_store(folder, "k", 2, many(10, 5))
+    assert len(read_store(folder, "k", 2).names()) == 10
+    assert write_store(folder, "k", 2, many(10, 5)) is None
+    assert len(files(all_there)) == 1 and len(read_store(folder, "k", 2).names()) == 15
+
+
+def test_a_link_beside_the_images_is_not_followed(
+    loaded: Loaded, photos: Path, names: list[str], reader, tmp_path: Path
+) -> None:
+    """It came with the images, maybe from somebody who wants something written elsewhere."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (photos / ".mplug").symlink_to(elsewhere)
+    first = open_gallery(loaded, names, reader)
+    assert not list(elsewhere.iterdir()) and files(cache_folder()) and not first.notes
+    assert open_gallery(loaded, names, reader).computed == 0  # kept in the cache
+    shutil.copy(files(cache_folder())[0], elsewhere)
+    shutil.rmtree(cache_folder())
+    assert open_gallery(loaded, names, reader).computed == len(names)  # nor is read through it
+
+
+def test_a_store_that_is_a_link_is_not_followed(loaded: Loaded, photos: Path, names: list[str], reader) -> None:
+    """It may lead to a folder of models, whose files are no features: nothing there is read or removed."""
+    models = photos.parent / "models"
+    models.mkdir()
+    (models / "model.safetensors").write_bytes(save({"weight": torch.ones(1)}))
+    (photos / ".mplug").mkdir()
+    (photos / ".mplug" / f"features-{fingerprint(loaded)}").symlink_to(models)
+    assert open_gallery(loaded, names, reader).computed == len(names)
+    assert [file.name for file in models.iterdir()] == ["model.safetensors"]

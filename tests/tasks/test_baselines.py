@@ -6,11 +6,12 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mplug_core.errors import DataError, UsageError
 from mplug_core.recipe import DataSpec
-from mplug_core.tasks.baselines import baseline
+from mplug_core.tasks.baselines import baseline, best_box
 from mplug_core.tasks.task import EvaluateOptions
 from tests.tasks.test_evaluation import train as training
 
@@ -83,7 +84,8 @@ def test_constant_box(tmp_path: Path) -> None:
 
     train = phrases("t.jsonl", [[0, 0, 50, 50], [0, 0, 52, 52], [0, 0, 48, 48], [80, 80, 90, 90]])
     found = baseline("constant_box", "grounding", train, phrases("v.jsonl", [[0, 0, 50, 50], [80, 80, 90, 90]]))
-    assert found.predictions[0]["box"] == [0, 0, 0.5, 0.5]
+    assert (found.predictions[0]["box"], found.predictions[0]["size"]) == ([0, 0, 50, 50], [100, 100])
+    assert found.predictions[1]["truth"] == [80, 80, 90, 90]
     assert found.metrics == {"accuracy_iou50": 0.5, "iou": 0.5}
 
 
@@ -111,3 +113,41 @@ def test_faults(scenes: Path, tmp_path: Path) -> None:
     hidden = questions(tmp_path, "t.jsonl", [("what?", None)])  # type: ignore[list-item]
     with pytest.raises(DataError, match="no answers or labels to repeat"):
         baseline("majority", "vqa", hidden, training(scenes))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "entries"),
+    [
+        ("vqa", "majority", [{"question": "what?", "answer": "red"}]),
+        ("vqa", "prior", [{"question": "what?", "answer": "red"}]),
+        ("statements", "majority", [{"statement": "a dog", "label": True}]),
+        ("entailment", "majority", [{"hypothesis": "a dog", "label": "neutral"}]),
+        ("grounding", "constant_box", [{"phrase": "a dog", "box": [0, 0, 3, 4], "size": [8, 8]}]),
+        ("retrieval", "random", [{"caption": "a dog"}]),
+    ],
+)
+def test_of_texts_alone_no_image_has_to_be_there(tmp_path: Path, task: str, name: str, entries: list[dict]) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps({"image": f"{i}.png", **e}) + "\n" for i in range(3) for e in entries))
+    given = DataSpec(path=str(file))
+    found = baseline(name, task, given, given)
+    assert (found.n, found.skipped) == (3, 0) and all(value > 0 for value in found.metrics.values())
+    assert found.intervals().keys() == found.metrics.keys()
+    # beside a model: on what it has answered
+    assert baseline(name, task, given, given, records=found.records[:2]).n == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_training_box_is_better_than_the_constant_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    corners = rng.beta(2, 2 + seed, size=(700, 2, 2))
+    boxes = np.concatenate([corners.min(1), corners.max(1) + 0.02], 1).clip(0, 1)
+    best = best_box(boxes)
+
+    def met(box: list[float]) -> int:
+        low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+        common = (high - low).clip(0).prod(1)
+        joint = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (box[2] - box[0]) * (box[3] - box[1]) - common
+        return int((common / joint >= 0.5).sum())
+
+    assert met(best) >= max(met(box.tolist()) for box in boxes) and min(best) >= 0 and max(best) <= 1

@@ -72,10 +72,14 @@ def test_answers_are_in_the_picture(
 
     monkeypatch.setattr(grounding, "find_boxes", perfect)
     result = task.evaluate(ready, wide, EvaluateOptions(batch_size=1))
-    assert result.metrics == {"accuracy_iou50": 1.0, "iou": pytest.approx(1.0)} and result.n == 4
+    assert result.metrics == {"accuracy_iou50": 1.0, "iou": pytest.approx(1.0), "ece": 0.5} and result.n == 4
+    assert {tuple(prediction["size"]) for prediction in result.predictions} == {(80, 40), (50, 50)}
     for prediction in result.predictions:
-        assert prediction["box"] == pytest.approx(shares[prediction["phrase"]], abs=1e-4)
-        assert prediction["confidence"] == 0.5
+        # in pixels of a picture of this size
+        box = [value / side for value, side in zip(prediction["box"], prediction["size"] * 2, strict=True)]
+        assert box == pytest.approx(shares[prediction["phrase"]], abs=2e-4)
+        assert prediction["truth"] == pytest.approx(prediction["box"], abs=0.011)
+        assert prediction["confidence"] == 0.5 and prediction["right"] is True
 
 
 def test_evaluation_says_where_pictures_lie(tokenizer: Tokenizer, wide: DataSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def test_statements(ready: Ready, write: Callable[..., DataSpec], monkeypatch: p
         record(None, C, group="z", identifier="z-0"),
     )  # fmt: skip
     result = StatementTask.evaluate(ready, spec, EvaluateOptions(batch_size=2))
-    assert (result.n, result.metrics) == (5, {"accuracy": 0.75, "consistency": 0.5})
+    assert (result.n, result.metrics) == (5, {"accuracy": 0.75, "consistency": 0.5, "ece": 0.25})
     assert list(submission(result.predictions)) == [f"{name},True" for name in ("x-0", "x-1", "y-0", "y-1", "z-0")]
     first, third = result.predictions[0], result.predictions[2]
     assert [Path(path).name for path in first["images"]] == [A, B] and Path(third["image"]).name == A
@@ -144,6 +145,17 @@ def test_a_hidden_test_is_answered_and_not_scored(ready: Ready, write: Callable[
     assert all(p["label"] in ("true", "false") and 0.5 <= p["probability"] <= 1 for p in result.predictions)
 
 
+def test_the_hidden_split_of_nlvr_is_answered_and_not_scored(ready: Ready, scenes: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        place = tmp_path / f"hidden/images/{number % 2}/hidden-15-0-{number}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes / "train" / "images" / A, place.with_suffix(".png"))
+    (tmp_path / "hidden/hidden.json").write_text(json.dumps({"sentence": "there is a circle", "identifier": "15-0"}))
+    result = StatementTask.evaluate(ready, DataSpec(path=str(tmp_path), split="hidden"))
+    assert (result.n, result.metrics) == (6, {})
+    assert [line.split(",")[0] for line in submission(result.predictions)] == [f"hidden-15-0-{k}" for k in range(6)]
+
+
 def test_entailment(ready: Ready, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch, "neutral")
     spec = DataSpec(path=str(scenes), split="train")
@@ -152,6 +164,7 @@ def test_entailment(ready: Ready, scenes: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.metrics == {
         "accuracy": pytest.approx(labels.count("neutral") / len(labels)), "accuracy_entailment": 0.0,
         "accuracy_neutral": 1.0, "accuracy_contradiction": 0.0,
+        "ece": pytest.approx(1 - labels.count("neutral") / len(labels)),
     }  # fmt: skip
 
 
@@ -162,13 +175,13 @@ class TestReasoning:
     def test_statements(self, ready: Ready, write: Callable[..., DataSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         always(monkeypatch, "false")
         result = evaluated_task("reasoning").evaluate(ready, write("x", record(True, A, B), record(False, C)))
-        assert (result.task, result.n, result.metrics) == ("reasoning", 2, {"accuracy": 0.5})
+        assert (result.task, result.n, result.metrics) == ("reasoning", 2, {"accuracy": 0.5, "ece": 0.5})
 
     def test_entailment(self, ready: Ready, write: Callable[..., DataSpec], monkeypatch: pytest.MonkeyPatch) -> None:
         always(monkeypatch, "entailment")
         spec = write("x", {"image": A, "hypothesis": "a circle", "label": "entailment"})
         result = evaluated_task("reasoning").evaluate(ready, spec)
-        assert result.metrics == {"accuracy": 1.0, "accuracy_entailment": 1.0}
+        assert result.metrics == {"accuracy": 1.0, "accuracy_entailment": 1.0, "ece": 0.0}
         assert result.predictions[0]["hypothesis"] == "a circle"
 
     def test_a_folder_with_both(self, ready: Ready, scenes: Path) -> None:
@@ -204,5 +217,5 @@ def test_official_layouts(ready: Ready, path: str, split: str | None, images: st
         pytest.skip(f"no {data / path}")
     spec = DataSpec(path=str(data / path), split=split, images=images and str(data / images))
     result = evaluated_task("reasoning").evaluate(ready, spec, EvaluateOptions(limit=24))
-    assert 0 < result.n <= 24 and {"accuracy", "consistency"} == set(result.metrics)
+    assert 0 < result.n <= 24 and {"accuracy", "consistency", "ece"} == set(result.metrics)
     assert all(len(p.get("images", ["one"])) == count and p["identifier"] for p in result.predictions)

@@ -290,8 +290,8 @@ class TestEvaluate:
     def test_scores_and_predictions(self, ready: Ready, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         said = {"q1": "red", "q2": "chair, table", "q3": "cross"}
 
-        def answer(ready: Any, images: Any, rows: Any, questions: Any, decoding: Any) -> list[list[vqa.Answer]]:
-            return [[vqa.Answer(said[question], 0.0, 1.0)] for question in questions]
+        def answer(ready: Any, images: Any, rows: Any, questions: Any, *_: Any) -> list[list[vqa.Answer]]:
+            return [[vqa.Answer(said[question], 0.0, 1.0, log_probability=0.0)] for question in questions]
 
         monkeypatch.setattr(vqa, "answer_questions", answer)
         result = TASK.evaluate(ready, DataSpec(path=str(folder)))
@@ -301,7 +301,11 @@ class TestEvaluate:
         assert result.metrics["accuracy_any"] == pytest.approx((0.9 + 1) / 2)
         assert result.n == 3
         assert [p["answer"] for p in result.predictions] == ["red", "chair, table", "cross"]
-        assert set(result.predictions[0]) == {"question_id", "image", "question", "answer"}
+        assert {"question_id", "image", "question", "answer", "confidence"} <= set(result.predictions[0])
+        assert [p.get("right") for p in result.predictions] == [pytest.approx(0.9), 1.0, None]
+        assert result.metrics["ece"] == pytest.approx((1 - 0.9 + 1 - 1) / 2)
+        assert [p.get("truth") for p in result.predictions] == [["blue", "red", "the red"], ["table", "chair"], None]
+        assert (result.predictions[0]["kind"], result.predictions[1]["together"]) == ("yes/no", True)
         assert TASK.submission(result.predictions) == [
             {"question_id": 11, "answer": "red"},
             {"question_id": 12, "answer": "chair, table"},

@@ -40,4 +40,6 @@ def scene_recipe(scenes: Path, folder: Path, *overrides: str, **values: Any) -> 
         "engine": {"name": "plain", "precision": "fp32"},
         "run": {"folder": str(folder), "log_every": 1, "save_every": 3},
     }  # fmt: skip
+    if values.get("stages"):  # which have their own lengths
+        del recipe["steps"]
     return check_recipe({**recipe, **values}, overrides)

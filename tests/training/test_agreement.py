@@ -15,4 +15,5 @@ def test_engines_and_processes_agree(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     found = dict(differences(tmp_path, ("fp32",), (2,)))
     assert len(found) == 3
-    assert max(found.values()) <= 1e-5, found
+    # a unit of the seventh digit, with which the log writes losses above 10, and what subtracting two such numbers adds
+    assert max(found.values()) <= 1e-5 + 1e-9, found

@@ -129,7 +129,8 @@ def test_leftovers_of_kills_go_with_the_next_save(tmp_path: Path) -> None:
     write(tmp_path, "step-1")
     for name in (".step-7", ".old-step-0"):
         (checkpoint_folder(tmp_path) / name / "model").mkdir(parents=True)
-    (checkpoint_folder(tmp_path) / ".latest.new").write_text("step-")
+    for name in (".latest.new", ".latest-0123abcd.new"):
+        (checkpoint_folder(tmp_path) / name).write_text("step-")
     assert latest_checkpoint(tmp_path).name == "step-1"
     write(tmp_path, "step-2")
     assert names(tmp_path) == ["latest", "step-1", "step-2"]

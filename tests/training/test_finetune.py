@@ -52,6 +52,8 @@ def finetune_recipe(scenes: Path, start: Path, folder: Path, *overrides: str, **
         "evaluate": {"val": {"path": str(scenes), "split": "train", "tasks": ["vqa"], "limit": 4}},
         "run": {"folder": str(folder), "log_every": 1, "save_every": 100, "evaluate_every": 2},
     }  # fmt: skip
+    if values.get("stages"):  # which have their own lengths
+        del recipe["steps"]
     return check_recipe({**recipe, **values}, overrides)
 
 

@@ -8,20 +8,23 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mplug_cli.preflight import lines_of
 from mplug_core.data.shards.pack import PackOptions, pack
 from mplug_core.model.config import MplugConfig
-from mplug_core.recipe import EngineSection, Recipe
+from mplug_core.recipe import EngineSection, Recipe, load_recipe
 from mplug_core.training import precision, preflight, trainer
 from mplug_core.training.flops import DEVICE_FLOPS, StepFlops, peak_flops, step_flops, training_flops_per_image
 from mplug_core.training.memory import Activations, count_sizes, estimate_memory
-from mplug_core.training.preflight import Preflight, check_run
+from mplug_core.training.preflight import Preflight, check_run, parts_of_check
 from mplug_core.training.trainer import Trainer
 from mplug_core.training.workload import Workbench, build_parts
 from tests.small import FUSED_ON_CPU
+from tests.training.photos import photo_recipe, write_photos
 from tests.training.recipes import scene_recipe
 from tests.weights.test_bert import make_bert, save_bert
 
@@ -114,7 +117,32 @@ def test_packs_are_checked_by_their_index(quick: None, scenes: Path, tmp_path: P
     assert any("texts of scenes are not at hand" in note for note in found.notes)
 
 
+def test_disk_for_features_is_counted_once_for_all_sources(tmp_path: Path, quick: None) -> None:
+    """Not for sources of stages in which the encoder learns."""
+    recipe = photo_recipe(write_photos(tmp_path / "data"), tmp_path / "run")
+    trained = trainer.Trainer(recipe, lambda *given: None)
+    features = tmp_path / "run" / "features"
+    payload = sum(array.nbytes for array in (np.load(file) for file in features.rglob("*.npy")))
+    assert trained.sources["questions"].features is not None
+    assert check_run(recipe, 1, ()).disk["caches"] == payload > 0
+    learning = recipe.model_copy(update={"stages": recipe.stages[1:], "freeze": []})
+    assert check_run(learning, 1, ()).disk["caches"] == 0
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_that_can_not_train(scenes: Path, tmp_path: Path, quick: None) -> None:
+    stages = [
+        {"name": "a", "steps": 1, "freeze": ["visul"]},
+        {"name": "b", "steps": 1, "objectives": {"answer": 1}},
+    ]
+    recipe = scene_recipe(scenes, tmp_path / "run", "data.sources.scenes.tasks={caption: 1}", stages=stages)
+    found = check_run(recipe, 1, ())
+    assert [fault.message for fault in found.faults] == [
+        "stage a: freeze: no part 'visul', did you mean 'visual'?", "stage b: no source gives any of answer"
+    ]  # fmt: skip
+    assert found.exit_code == 3
 
 
 def test_faults_are_all_found_at_once(
@@ -183,7 +211,7 @@ def test_traced_flops_are_those_of_a_real_step(scenes: Path, tmp_path: Path, set
     torch.manual_seed(0)
     objectives = bench.objectives_of(bench.stages[0])
     parts = build_parts(bench, bench.stages[0], objectives)
-    batch = bench.unread("scenes").batch(8)
+    batch = bench.unread("scenes", bench.stages[0]).batch(8)
     batch.pixels = torch.randn(batch.pixels.shape)
     context = parts.context(recipe, batch, objectives, torch.inference_mode if parts.teacher is None else torch.no_grad)
     with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
@@ -277,3 +305,42 @@ def test_bf16_that_a_device_lacks_is_told(scenes: Path, tmp_path: Path, monkeypa
     recipe = scene_recipe(scenes, tmp_path / "run", *PAIRS, "engine.precision=bf16")
     trainer.Trainer(recipe, lambda kind, figures: told.append(str(figures.get("text"))), "never")
     assert sum("no units for bf16" in text for text in told) == 1
+
+
+@pytest.mark.slow
+def test_sizes_of_a_start_model_that_is_not_there(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[int] = []
+    recipe = load_recipe("caption_large")
+    large = check_run(recipe, 8, ("a100",), told.append)
+    (stage,) = large.stages
+    assert stage.parameters["visual"]["trained"] > 290e6 and large.vocabulary == 30522
+    assert any("the sizes are those of the paper's mPLUG-large" in note for note in large.notes)
+    assert any(fault.exit_code == 5 and "start.model" in fault.message for fault in large.faults)
+    assert sum(told) == parts_of_check(recipe)
+    # five epochs of the published photos, 64 at once on each of eight devices
+    assert stage.steps == 5 * (113_287 // (64 * 8 * recipe.engine.accumulate)) and stage.hours["a100"] > 0
+    assert any("coco 113,287" in note for note in large.notes)
+
+
+def test_a_start_model_of_which_nothing_is_known(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = check_run(load_recipe("caption_large", ["start.model=runs/mine"]), 1, ("a100",))
+    (stage,) = found.stages
+    assert (stage.parameters, stage.flops, stage.hours, found.vocabulary) == ({}, None, {}, None)
+    assert found.disk["needed"] is None and any("its size is not known" in note for note in found.notes)
+    json.dumps(found.as_object(), allow_nan=False)
+    lines = "\n".join(lines_of(found))
+    assert "the model's size is not known" in lines and "vocabulary: not known" in lines and "0.0M" not in lines
+
+
+def test_steps_of_data_that_is_partly_here(quick: None, scenes: Path, tmp_path: Path) -> None:
+    """Here 40 images, 4 a step; the published data set has 1,000, 10 a step, and both are seen twice."""
+    away = {"path": str(tmp_path / "away"), "batch_size": 10, "published_images": 1000}
+    settings = (*PAIRS, "steps=null", "epochs=2", "data.sources.scenes.batch_size=4")
+    recipe = scene_recipe(scenes, tmp_path / "run", *settings, f"data.sources.away={json.dumps(away)}")
+    assert check_run(recipe, 1, ()).steps == 200
+    assert check_run(recipe, 4, ()).steps == 50
+    away["published_images"] = None
+    less = scene_recipe(scenes, tmp_path / "run", *settings, f"data.sources.away={json.dumps(away)}")
+    assert check_run(less, 1, ()).steps is None

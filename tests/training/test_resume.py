@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from mplug_core.data.batches import Lots
 from mplug_core.errors import CheckpointError
 from mplug_core.training.distributed import World
 from mplug_core.training.resume import refuse_other_recipe, restore_random, save_random, share_lots
+from mplug_core.training.step import TrainStep, begin_lot, build_context, lot_of
+from mplug_core.training.trainer import Trainer
+from tests.training.photos import write_photos
+from tests.training.recipes import scene_recipe
 
 ALONE = World(0, 1, 0)
 
@@ -91,3 +97,43 @@ def test_damaged_random_states(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "random-00000.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot read"):
         restore_random(tmp_path, ALONE, seed=0, step=5)
+
+
+def test_a_lot_is_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
+    """The images, the captions, the masks and the dropout, so that its loss is equal bit for bit: what the README says
+    of a run that goes on with another number of processes, as long as no lot has to be cut."""
+    photos = write_photos(tmp_path / "data")
+    source = {"path": str(photos), "split": "train", "batch_size": 4, "augment": "crop", "tasks": {"pretrain": 1}}
+    recipe = scene_recipe(
+        photos, tmp_path / "run", "model.dropout=0.3", data={"vocabulary": "data", "sources": {"photos": source}},
+        objectives={"itm": 1, "itc": 1, "mlm": 1, "prefix_lm": 1}, teacher={"alpha": 0, "queue_size": 0},
+    )  # fmt: skip
+    trainer = Trainer(recipe, lambda *event: None)
+    sources = [trainer.sources[name] for name in recipe.data.sources]
+    step = TrainStep(trainer.model, trainer.tasks).train()
+    found: dict[tuple[int, int], dict[int, tuple[float, list[int]]]] = {}
+    for world, accumulate in ((1, 4), (2, 2), (4, 1)):
+        losses = found[world, accumulate] = {}
+        for rank in reversed(range(world)):
+            lots = Lots(sources, recipe.seed, rank, world)
+            for micro_step in range(2 * accumulate):
+                lot = lot_of(micro_step, rank, world)
+                generator = begin_lot(recipe.seed, lot)
+                batches = lots[micro_step]
+                contexts = [
+                    build_context(recipe, batch, recipe.objectives, 0.0, None, None, nullcontext, generator)
+                    for batch in batches
+                ]
+                loss, _ = step(batches, contexts, recipe.objectives)
+                losses[lot] = float(loss.detach()), batches[0].image_ids.tolist()
+    assert found[1, 4] == found[2, 2] == found[4, 1] and len(found[1, 4]) == 8
+    assert len({loss for loss, _ in found[1, 4].values()}) == 8
+
+
+def test_dropout_is_drawn_by_lot() -> None:
+    drawn = {}
+    for lot in (0, 1, 2, 1):
+        generator = begin_lot(3, lot)
+        drawn.setdefault(lot, []).append((torch.rand(3).tolist(), torch.rand(3, generator=generator).tolist()))
+    assert drawn[1][0] == drawn[1][1] and drawn[0] != drawn[1][:1] != drawn[2]
+    assert drawn[0][0][0] != drawn[0][0][1]

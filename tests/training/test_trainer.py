@@ -21,10 +21,10 @@ from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted,
 from mplug_core.model.teacher import build_teacher
 from mplug_core.recipe import Recipe
 from mplug_core.training.checkpoint import latest_checkpoint
-from mplug_core.training.features import cache_features
 from mplug_core.training.resume import forget_later_metrics, refuse_other_recipe
 from mplug_core.training.trainer import Trainer, train
 from mplug_core.weights.folder import load_model
+from tests.training.photos import photo_recipe, write_photos
 from tests.training.processes import ROOT, without_launcher
 from tests.training.recipes import scene_recipe
 from tests.weights.test_bert import make_bert, save_bert
@@ -59,6 +59,12 @@ class StopAt:
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pictures with captions, questions and statements, and captions alone."""
+    return write_photos(tmp_path_factory.mktemp("photos") / "data")
+
+
 STAGES = [{"name": "see", "steps": 4, "objectives": {"patches": 1}}, {"name": "learn", "steps": 5}]
 
 
@@ -86,7 +92,8 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     objectives = {"itc", "itm", "mlm", "prefix_lm", "caption", "answer", "box", "statement", "entailment", "patches"}
     assert objectives <= steps[-1].keys()
     evaluations = [line for line in lines if "evaluation" in line]
-    assert [line["step"] for line in evaluations] == [4, 9] and "val/vqa/accuracy" in evaluations[0]["evaluation"]
+    # stage `see` trains nothing that answers
+    assert [line["step"] for line in evaluations] == [9] and "val/vqa/accuracy" in evaluations[0]["evaluation"]
     assert latest_checkpoint(whole).name == "step-00000009"
     loaded = load_model(str(whole))
     assert loaded.tokenizer.bins == 8 and loaded.config.width == 32
@@ -227,6 +234,37 @@ def test_stage_that_nothing_feeds(scenes: Path, tmp_path: Path) -> None:
         )
 
 
+def test_faults_of_stages_come_before_any_features(scenes: Path, tmp_path: Path) -> None:
+    stages = "stages=[{name: a, steps: 1, freeze: [visul, txt]}, {name: b, steps: 1, objectives: {answer: 1}}]"
+    tasks = "data.sources.scenes.tasks={caption: 1}"
+    recipe = scene_recipe(scenes, tmp_path / "run", "steps=null", stages, tasks, "data.sources.scenes.cached_views=1")
+    with pytest.raises(RecipeError) as caught:
+        train(recipe)
+    for said in ("a: freeze: no part 'visul'", "a: freeze: no part 'txt'", "b: no source gives any of answer"):
+        assert said in caught.value.message
+    assert not (tmp_path / "run" / "features").exists()
+
+
+def test_photos_that_align_finds_no_caption_of(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "some")
+    lines = (photos / "captions_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "some" / "captions_train.jsonl").write_text("".join(lines[:13]), encoding="utf-8")
+    tasks = "data.sources.photos.tasks={caption: 1, vqa: 1}"
+    with pytest.raises(DataError, match="stage align: 7 of 20 photos of photos have no caption"):
+        train(photo_recipe(tmp_path / "some", tmp_path / "run", tasks))
+    assert not (tmp_path / "run" / "features").exists()
+
+
+def test_a_run_that_aligns(photos: Path, tmp_path: Path) -> None:
+    """Photos, and captions alone with stand-ins, in one run that is resumed."""
+    recipe = photo_recipe(photos, tmp_path / "run")
+    train(recipe)
+    assert Trainer(recipe, lambda *a: None).run() == tmp_path / "run"
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3]
+    assert all({"caption", "answer", "statement"} <= line.keys() for line in logged if "loss" in line)
+
+
 def test_teacher_only_where_it_is_needed(scenes: Path, tmp_path: Path) -> None:
     trainer = Trainer(scene_recipe(scenes, tmp_path / "a"), lambda *a: None)
     teacher, queue = build_teacher(trainer.model, trainer.recipe.teacher, {"itc": 1.0, "mlm": 1.0})
@@ -294,47 +332,27 @@ def test_start_from_a_bert(scenes: Path, tmp_path: Path) -> None:
         )
 
 
-def test_cached_features_are_computed_once(scenes: Path, tmp_path: Path) -> None:
-    changes = ("freeze=[visual]", "data.sources.scenes.cached_views=2", "steps=2")
-    train(scene_recipe(scenes, tmp_path / "run", *changes))
-    files = [f for f in (tmp_path / "run" / "features").iterdir() if "placements" not in f.name]
-    assert len(files) == 1 and files[0].suffix == ".npy"
-    written = files[0].stat().st_mtime_ns
-    source = Trainer(scene_recipe(scenes, tmp_path / "run", *changes), lambda *a: None).sources["scenes"]
-    assert files[0].stat().st_mtime_ns == written
-    # view 0 is the plain image
-    trainer = Trainer(scene_recipe(scenes, tmp_path / "other", *changes), lambda *a: None)
-    with torch.no_grad():
-        want = trainer.model.visual.eval()(trainer.sources["scenes"].load(3, None)[0][None])
-    assert torch.allclose(torch.from_numpy(source.features[0, 3]).float(), want[0], atol=2e-2)
-    assert source.placements.shape == (2, len(source.images), 4) and (source.placements[0] == [1, 1, 0, 0]).all()
-    # the other view is mirrored where its placement says so
-    for image, (x_scale, *_) in enumerate(source.placements[1][:6]):
-        pixels, _ = source.load(image, None)
-        with torch.no_grad():
-            want = trainer.model.visual((pixels.flip(-1) if x_scale < 0 else pixels)[None])
-        assert torch.allclose(torch.from_numpy(source.features[1, image]).float(), want[0], atol=2e-2)
-    assert 0 < (source.placements[1, :, 0] < 0).sum() < len(source.images)
+def test_a_source_is_cached_until_the_encoder_learns(photos: Path, tmp_path: Path) -> None:
+    def recipe(folder: str, *freeze: str) -> Recipe:
+        used = "sources: [photos, questions, statements]"
+        stages = [f"{{name: s{k}, steps: 1, {used}, freeze: {parts}}}" for k, parts in enumerate(freeze)]
+        return photo_recipe(photos, tmp_path / folder, f"stages=[{', '.join(stages)}]")
 
+    seen: list[tuple[str, bool]] = []
 
-def test_cached_features_are_of_these_pictures_and_this_encoder(scenes: Path, tmp_path: Path) -> None:
-    """Another picture under the same name, other statistics of batch norms, and other tasks are other features."""
-    shutil.copytree(scenes, tmp_path / "scenes")
-    changes = ("freeze=[visual]", "data.sources.scenes.cached_views=1")
-    trainer = Trainer(scene_recipe(tmp_path / "scenes", tmp_path / "run", *changes), lambda *a: None)
-    source, folder = trainer.sources["scenes"], tmp_path / "run" / "features"
+    class Noting(Trainer):
+        def _run_stage(self, stage: Any, checkpoint: Any) -> None:
+            before = {name: value.clone() for name, value in self.model.visual.state_dict().items()}
+            super()._run_stage(stage, checkpoint)
+            learned = not equal(before, dict(self.model.visual.state_dict()))
+            seen.extend((stage.name, source.cached, learned) for source in self.sources.values() if source.features)
 
-    def files() -> int:
-        cache_features(source, trainer.model, folder)
-        return len([file for file in folder.iterdir() if "placements" not in file.name])
-
-    assert files() == 1
-    os.utime(source.images[0], ns=(1, 1))
-    assert files() == 2
-    trainer.model.visual.register_buffer("running_mean", torch.ones(1))
-    assert files() == 3
-    source.section = source.section.model_copy(update={"tasks": {"vqa": 1}})
-    assert files() == 4
+    Noting(recipe("run", "[visual]", "[]", "[visual]"), lambda *a: None).run()
+    assert seen == [
+        (*stage,) for stage in (("s0", True, False), ("s1", False, True), ("s2", False, False)) for _ in "abc"
+    ]
+    train(recipe("other", "[]", "[text]"))
+    assert not (tmp_path / "other" / "features").exists()
 
 
 def test_scenes_of_a_run_are_those_of_its_recipe(scenes: Path, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mplug_core import atomic
+from mplug_core.atomic import replace_folder
 from mplug_core.data.text import Tokenizer, build_vocabulary
 from mplug_core.errors import CheckpointError
 from mplug_core.model.mplug import MplugModel
 from mplug_core.recipe import check_recipe, read_yaml
-from mplug_core.weights import durable
-from mplug_core.weights.durable import replace_folder
 from mplug_core.weights.folder import EMBEDDED, find_model, load_model, save_model
 from tests.small import CLASSIFIERS, CNN, small_model
 
@@ -118,7 +118,7 @@ def test_failure_while_writing_leaves_the_old_one(
 
 def test_failure_while_renaming_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where two folders can't change names at once."""
-    monkeypatch.setattr(durable, "exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     old, new = tmp_path / "m", tmp_path / ".m-new"
     old.mkdir(), new.mkdir()
     (old / "a").write_text("old")

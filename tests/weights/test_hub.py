@@ -156,7 +156,8 @@ def test_names_that_name_nothing(spec: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "hint"),
-    [("mplug-bsae", "is it mplug-base"), ("org/name", "or hf:org/name"), ("runs/mine/x", "name, or mplug model ls")],
+    [("mplug-bsae", "is it mplug-base"), ("org/name", "Hugging Face: hf:org/name"),
+     ("mlug", "hf:org/name, or mplug model ls")],
 )
 def test_what_is_neither_path_nor_name(spec: str, hint: str) -> None:
     with pytest.raises(CheckpointError, match=f"no model folder {spec} .*{hint}"):
@@ -639,3 +640,28 @@ def test_hugging_face_disk(hugging_face: Loopback, tmp_path: Path) -> None:
     (tmp_path / "hf").write_text("a file")
     error = fault("hf:org/name")
     assert error.code == "disk" and "HF_HOME" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("runs/mine/x", "there is no runs here"),
+        ("runs/mine", "there is no runs here"),
+        ("./mine", "there is no mine here"),
+        ("~/mine", "there is no ~ here"),
+        ("mplug.pth", "there is no mplug.pth here"),
+        ("nowhere/mplug.pth", "there is no nowhere here"),
+        ("/nowhere/model", "there is no nowhere in /"),
+        ("here/gone", "there is no gone in here"),
+        ("hree/model", "is it here/model?"),
+        ("here/modle", "is it here/model?"),
+        ("here/modle/", "is it here/model?"),
+        ("heer", "is it here?"),
+    ],
+)
+def test_a_mistyped_path_gets_a_hint_at_the_path(tmp_path, monkeypatch, spec, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught:
+        find_model(spec)
+    assert words in str(caught.value) and "hf:" not in str(caught.value) and len(str(caught.value)) <= 300

@@ -138,6 +138,41 @@ def test_step_of_the_decoder(model: MplugModel, tmp_path: Path) -> None:
             model.decoder.head.bias.sub_(0.1)
 
 
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("subcells", [1, 2])
+def test_an_encoder_with_levels_takes_any_batch(subcells: int, tmp_path: Path) -> None:
+    """:data:`onnx.CHECKED` has batches of 1, 2 and 3; the graph is made with 2."""
+    graph = graphs_of(small_model(vision={**CNN, "levels": [1, 2], "subcells": subcells}, **SMALL))[0]
+    assert {sizes["batch"] for sizes in onnx.CHECKED} == {1, 2, 3} and graph.name == "image_encoder"
+    write_graph(graph, tmp_path / "image_encoder.onnx", onnx.OPSET)
+    assert largest_difference(graph, tmp_path / "image_encoder.onnx") < 1e-4
+
+
+@pytest.mark.slow
+def test_an_encoder_with_levels_does_not_fix_the_batch() -> None:
+    """The same without ONNX's packages: what torch.export says of the batch."""
+    graph = graphs_of(small_model(vision={**CNN, "levels": [1, 2], "subcells": 2}, **SMALL))[0]
+    pixels = graph.example(onnx.TRACED, torch.Generator().manual_seed(0))
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(graph.module, tuple(pixels), dynamic_shapes=shapes, strict=False)
+    expected = graph.module(torch.zeros(3, *pixels[0].shape[1:]))
+    for found, value in zip(exported.module()(torch.zeros(3, *pixels[0].shape[1:])), expected, strict=True):
+        assert torch.allclose(found, value, atol=1e-5)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_the_embedded_model(tmp_path: Path) -> None:
+    """Its image encoder, for which the exporter needs minutes on one busy core, and the step of its decoder."""
+    from mplug_core.weights.export import build, read_source
+
+    chosen = {graph.name: graph for graph in graphs_of(build(read_source(None)))}
+    for name in ("image_encoder", "decoder"):
+        write_graph(chosen[name], tmp_path / f"{name}.onnx", onnx.OPSET)
+        assert largest_difference(chosen[name], tmp_path / f"{name}.onnx") < onnx.TOLERANCE
+
+
 @pytest.fixture(scope="module")
 def folder(model: MplugModel, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("graphs") / "onnx"

@@ -10,6 +10,7 @@ set with nothing usable is an error. Images are looked for, not opened: a damage
 - ``finding``: from a path and a split to a file and its format
 - ``reading``: entries, images, faults; ``files``: opening
 - ``pickled_refs``: RefCOCO's pickles, read without running them
+- ``entities``: Flickr30k Entities, which captions and phrases share
 - ``inspection``: what was understood of a path, for people
 
 docs/data.md has every layout. Nothing here needs torch.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mplug_core.data.records import entities
+from mplug_core.data.records.entities import FLICKR_FOLDERS
 from mplug_core.data.records.files import File
 from mplug_core.data.records.finding import read
 from mplug_core.data.records.reading import (
@@ -22,17 +22,13 @@ from mplug_core.data.records.reading import (
     own_entries,
     own_folder,
     places,
+    repeats,
     table,
     table_entries,
 )
+from mplug_core.data.records.rows import Row, image_pairs, is_address, one_line, rows
 from mplug_core.data.records.types import CaptionRecord, Format, Records
-from mplug_core.errors import DataError
 
-_FLICKR_FOLDERS = (
-    "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images",
-    "flickr30k_images/flickr30k_images",
-)  # fmt: skip
-_MARKUP = re.compile(r"\[/EN#\d+(?:/[^\s\]]+)* ?([^\]]*)\]")
 _TOKEN = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 _FLICKR8K_LISTS = "Flickr_8k.{split}Images.txt"
 
@@ -69,31 +65,28 @@ def _by_name(entry: Entry) -> Iterable[Item]:
     """Entries with the name of an image, whose stem is its id."""
     image_id = Path(entry.name("image")).stem
     record = CaptionRecord(entry.path("image"), tuple(entry.texts("caption")), image_id)
-    return [Item(image_id, record, entry.values.get("key"))]
+    key = entry.values.get("key")
+    return [Item(image_id, record, None if key is None else repeats(key, *record.captions))]
 
 
 def _csv_lines(reading: Reading) -> Iterator[Entry]:
     """Flickr8k: ``image,caption``."""
-    numbered = lines(reading)
-    next(numbered, None)  # the header
-    for where, line in numbered:
-        fields = csv_fields(reading, where, line, "caption")
-        if fields is None:
-            continue
-        if len(fields) > 2:  # commas in a caption without quotes
-            fields = line.split(",", 1)
-        yield Entry(reading, where, dict(zip(("image", "caption"), fields, strict=False)))
+    for row in csv_rows(reading, "caption"):
+        image, *rest = row.fields
+        # commas in a caption without quotes
+        caption = row.line.split(",", 1)[1] if len(rest) > 1 else one_line(rest[0]) if rest else None
+        yield Entry(reading, row.where, {"image": image} | ({} if caption is None else {"caption": caption}))
 
 
-def csv_fields(reading: Reading, where: str, line: str, name: str) -> list[str] | None:
-    """Line by line, so that an unbalanced quote can't swallow the records after it."""
-    if '"' not in line:
-        return line.split(",")
-    try:
-        return next(csv.reader([line], strict=True))
-    except (csv.Error, StopIteration) as error:
-        reading.fault(where, f'field "{name}": expected balanced quotes: {error}')
-        return None
+def csv_rows(reading: Reading, name: str) -> Iterator[Row]:
+    """The rows of a CSV behind its header; those that are none are broken, by the field ``name``."""
+    numbered = rows(lines(reading), ",")
+    next(numbered, None)
+    for row in numbered:
+        if row.fault:
+            reading.fault(row.where, f'field "{name}": expected balanced quotes: {row.fault}')
+        else:
+            yield row
 
 
 def _bar_lines(reading: Reading) -> Iterator[Entry]:
@@ -127,46 +120,38 @@ def _flickr8k_list(file: Path, split: str) -> Path:
     return file.parent / _FLICKR8K_LISTS.format(split=split)
 
 
+def _tsv(reading: Reading) -> Iterator[Entry]:
+    """Images and captions in columns; addresses of images are for packs, which download them."""
+    for pair in image_pairs(lines(reading)):
+        if pair.fault:
+            reading.fault(pair.where, pair.fault)
+        elif is_address(pair.image) and not reading.text_only:
+            reading.fault(pair.where, "expected the path of an image, got an address: mplug data pack downloads it")
+        else:
+            yield Entry(reading, pair.where, {"image": pair.image.strip(), "caption": pair.caption})
+
+
+def _tsv_item(entry: Entry) -> Iterable[Item]:
+    record = CaptionRecord(entry.path("image"), tuple(entry.texts("caption")), str(entry.values["image"]))
+    return [Item(record.image_id, record, repeats("image and caption are equal", record.image_id, *record.captions))]
+
+
+def _is_tsv(file: File) -> bool:
+    return file.shape == "text" and file.name.endswith((".tsv", ".tab")) and "\t" in file.line
+
+
 def _token_splits(file: File) -> list[str]:
     if not file.name.startswith("Flickr8k"):
         return []
     return [split for split in ("train", "dev", "test") if _flickr8k_list(file.path, split).is_file()]
 
 
-def _entities_folder(file: File) -> bool:
-    return file.shape == "folder" and _sentences(file.path).is_dir()
-
-
-def _sentences(folder: Path) -> Path:
-    return folder if folder.name.lower() == "sentences" else folder / _first_there(folder, ("sentences", "Sentences"))
-
-
-def _first_there(folder: Path, names: tuple[str, ...]) -> str:
-    return next((name for name in names if (folder / name).is_dir()), names[0])
-
-
-def _entities_splits(file: File) -> list[str]:
-    """``train.txt``, ``val.txt``, ``test.txt`` (or others) beside ``sentences/`` list the ids of a split."""
-    return [list.stem for list in sorted(_sentences(file.path).parent.glob("*.txt")) if list.stem.lower() != "readme"]
-
-
 def _entities(reading: Reading) -> Iterator[Entry]:
-    """Flickr30k Entities: ``sentences/ID.txt``, whose phrases are marked ``[/EN#id/type phrase]``."""
-    folder = _sentences(reading.path)
-    if not folder.is_dir():
-        raise DataError(f"{reading.path} has no folder sentences", "give the folder of Flickr30k Entities")
-    if reading.inner is None:
-        ids = sorted(file.stem for file in folder.glob("*.txt"))
-    else:
-        ids = [line.strip() for _, line in lines(reading, File(folder.parent / f"{reading.inner}.txt"))]
-    for image_id in ids:
-        where = f"/{folder.relative_to(reading.path)}/{image_id}.txt" if folder != reading.path else f"/{image_id}.txt"
-        file = File(folder / f"{image_id}.txt")
-        if not os.path.isfile(file.path):
-            reading.fault(where, f"expected the sentences of image {image_id}, there is no such file")
-            continue
-        texts = [_MARKUP.sub(r"\1", line).strip() for _, line in lines(reading, file)]
-        yield Entry(reading, where, {"image": f"{image_id}.jpg", "caption": texts, "key": f"image {image_id}"})
+    """Flickr30k Entities: an image an entry, its sentences without their markup."""
+    for image in entities.images(reading):
+        captions = [entities.plain(line) for line in image.sentences]
+        values = {"image": f"{image.image_id}.jpg", "caption": captions, "key": f"image {image.image_id}"}
+        yield Entry(reading, image.where, values)
 
 
 def _coco(reading: Reading) -> Iterator[Entry]:
@@ -177,7 +162,6 @@ def _coco(reading: Reading) -> Iterator[Entry]:
             reading.broken.append(entry.fault("image_id", 'the id of an entry of "images"'))
             continue
         image = images[image_id]
-        key = entry.values.get("id")
         yield Entry(
             reading,
             entry.where.removeprefix(str(reading.path)),
@@ -185,7 +169,6 @@ def _coco(reading: Reading) -> Iterator[Entry]:
                 **entry.values,
                 "image": image.get("file_name"),
                 "domain": image.get("domain") or "",
-                "key": f"id {key}" if is_id(key) else None,
             },
         )
 
@@ -200,7 +183,8 @@ def _coco_item(entry: Entry) -> Iterable[Item]:
     image_id = entry.identity("image_id")
     captions = tuple(entry.texts("caption"))
     record = CaptionRecord(entry.path("image"), captions, image_id, entry.word("domain"))
-    return [Item(image_id, record, entry.values["key"])]
+    # ids of annotations start again with each image in some files
+    return [Item(image_id, record, repeats(f"image {image_id}", *captions))]
 
 
 def _coco_folders(reading: Reading) -> list[Path]:
@@ -209,7 +193,7 @@ def _coco_folders(reading: Reading) -> list[Path]:
         return [reading.images]
     folder, split = reading.beside, reading.file.stem.partition("_")[2]
     found = [folder.parent / split, folder.parent / "images" / split, folder / split] if split else []
-    return [*found, folder.parent / "images", folder / "images"]
+    return [*found, folder.parent / "images", folder / "images", folder]
 
 
 def _nocaps_folders(reading: Reading) -> list[Path]:
@@ -276,23 +260,24 @@ def _header(file: File) -> str:
 LAYOUTS = (
     Layout(
         "flickr8k", lambda file: _header(file) == "image,caption", _csv_lines, _by_name,
-        places(*_FLICKR_FOLDERS, above=False),
+        places(*FLICKR_FOLDERS, above=False),
     ),
     Layout(
         "flickr30k", lambda file: _header(file).startswith("image_name|"), _bar_lines, _by_name,
-        places(*_FLICKR_FOLDERS), (r"results\.csv",),
+        places(*FLICKR_FOLDERS), (r"results\.csv",),
     ),
     Layout(
         "token", lambda file: file.shape == "text" and _TOKEN.fullmatch(file.line) is not None, _token_lines, _by_name,
-        places(*_FLICKR_FOLDERS), (r"Flickr8k\.(lemma\.)?token\.txt", r"results(_20130124)?\.token"),
+        places(*FLICKR_FOLDERS), (r"Flickr8k\.(lemma\.)?token\.txt", r"results(_20130124)?\.token"),
         inside=_token_splits,
     ),
+    Layout("tsv", _is_tsv, _tsv, _tsv_item, own_folder),
     Layout(
-        "entities", _entities_folder, _entities, _by_name, places(*_FLICKR_FOLDERS), inside=_entities_splits,
+        "entities", entities.has_sentences, _entities, _by_name, places(*FLICKR_FOLDERS), inside=entities.splits,
     ),
     Layout(
         "karpathy", _is_karpathy, _karpathy, _karpathy_item,
-        places(*_FLICKR_FOLDERS), (r"dataset(_coco|_flickr8k|_flickr30k)?\.json",), inside=_karpathy_splits,
+        places(*FLICKR_FOLDERS), (r"dataset(_coco|_flickr8k|_flickr30k)?\.json",), inside=_karpathy_splits,
     ),
     Layout(
         "nocaps", _is_nocaps, _coco, _coco_item, _nocaps_folders, (r"nocaps_(?P<split>\w+?)(_\d+)?_captions\.json",),

@@ -6,14 +6,18 @@ Whatever is wrong with a file as a whole is a DataError that names it; nothing t
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from mplug_core.bounded import Unreadable, open_regular, read_up_to, size_shown
 from mplug_core.data.records.pickled_refs import PICKLES, read_plain_pickle
 from mplug_core.errors import DataError
 
@@ -23,6 +27,40 @@ _HEAD = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 DAMAGED = (OSError, EOFError, zlib.error)
 """What reading a damaged file raises; gzip.BadGzipFile is an OSError."""
+MAX_PICKLED_RECORDS = 256 << 20
+"""Bytes of a pickle of records: those of RefCOCO have 30 MB."""
+MAX_LINE = 16 << 20
+"""Bytes of a line."""
+MAX_DOCUMENT = 2 << 30
+"""Bytes of a file that is read whole."""
+MAX_PIPED = 256 << 20
+"""Bytes of standard input."""
+MAX_RATIO, SMALL = 100, 64 << 20
+"""How many times as large as its file zipped text may be, from a size on: real annotations are ten times."""
+PIPED = Path("-")
+"""What standard input is called."""
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or standard input, at a path; False, not an error, for names that no file can have."""
+    return path == PIPED or os.path.isfile(path)
+
+
+_piped: list[tuple[Any, bytes]] = []
+"""The stream that standard input was, and what it gave: it can be read once."""
+
+
+def standard_input() -> bytes:
+    """All of standard input, however often it is asked for; DataError where there is none, or too much."""
+    if _piped and _piped[0][0] is sys.stdin:
+        return _piped[0][1]
+    if sys.stdin is None or sys.stdin.isatty():
+        raise DataError("- is standard input, and nothing is sent there", "for example: ... --data - < records.jsonl")
+    data = read_up_to(sys.stdin.buffer, MAX_PIPED + 1)
+    if len(data) > MAX_PIPED:
+        raise DataError(f"standard input has more than {size_shown(MAX_PIPED)}", "give a file")
+    _piped[:] = [(sys.stdin, data)]
+    return data
 
 
 class File:
@@ -41,14 +79,40 @@ class File:
         return Path(self.name).stem
 
     def open(self) -> IO[bytes]:
-        """The bytes, unzipped; by the first two bytes, whatever the name is."""
+        """The bytes, unzipped; by the first two bytes, whatever the name is. DataError for what is no regular file."""
         try:
-            file = open(self.path, "rb")  # noqa: SIM115
+            file = io.BytesIO(standard_input()) if self.path == PIPED else open_regular(self.path)
             zipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
+        except Unreadable as error:
+            raise DataError(f"{self.path} can't be read: {error}", "check the file") from error
         except OSError as error:
-            raise DataError(f"{self.path} can't be read: {error.strerror}", "check the file") from error
+            raise self._damaged(error) from error
         return gzip.open(file) if zipped else file  # type: ignore[return-value]
+
+    def _most(self, file: IO[bytes], limit: int) -> int:
+        """How many bytes are read of an open file."""
+        if not isinstance(file, gzip.GzipFile):
+            return limit
+        packed = len(standard_input()) if self.path == PIPED else os.path.getsize(self.path)
+        return min(limit, max(SMALL, MAX_RATIO * packed))
+
+    def lines(self, longest: int | None = None) -> Iterator[tuple[int, bytes]]:
+        """(number, line) as far as the file is good; one of :data:`DAMAGED` where it no longer is.
+
+        A line of more than ``longest`` bytes (default: :data:`MAX_LINE`) is not.
+        """
+        longest = MAX_LINE if longest is None else longest
+        with self.open() as file:
+            left, number = self._most(file, sys.maxsize), 0
+            while line := file.readline(longest + 1):
+                number += 1
+                left -= len(line)
+                if len(line) > longest:
+                    raise EOFError(f"a line of more than {size_shown(longest)}")
+                if left < 0:
+                    raise EOFError(f"it is unzipped to more than {MAX_RATIO} times its size")
+                yield number, line
 
     @cached_property
     def head(self) -> bytes:
@@ -99,12 +163,12 @@ class File:
     def _start(self, count: int = 5) -> Iterator[tuple[int, Any]]:
         """(number, value or None) of the first lines."""
         try:
-            with self.open() as file:
-                for number, raw in zip(range(count), file, strict=False):
-                    try:
-                        yield number, json.loads(raw.removeprefix(_BOM))
-                    except (ValueError, RecursionError):
-                        yield number, None
+            # a document, such as COCO's, may be one line of hundreds of megabytes
+            for number, raw in islice(self.lines(MAX_DOCUMENT), count):
+                try:
+                    yield number, json.loads(raw.removeprefix(_BOM))
+                except (ValueError, RecursionError):
+                    yield number, None
         except DAMAGED as error:
             raise self._damaged(error) from error
 
@@ -124,9 +188,12 @@ class File:
         """The whole file as one JSON value or pickle of plain values."""
         try:
             with self.open() as file:
-                data = file.read()
+                most = self._most(file, MAX_PICKLED_RECORDS if self.shape == "pickle" else MAX_DOCUMENT)
+                data = read_up_to(file, most + 1)
         except DAMAGED as error:
             raise self._damaged(error) from error
+        if len(data) > most:
+            raise DataError(f"{self.path} has more than {size_shown(most)} to be read at once", "give JSON Lines")
         if self.shape == "pickle":
             return read_plain_pickle(self.path, data)
         try:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mplug_core.data.records.files import File
+from mplug_core.data.folders import is_folder
+from mplug_core.data.records.files import File, is_file
 from mplug_core.data.records.reading import Layout, Reading, Source, read_records, selection, usable
 from mplug_core.data.records.types import Records
-from mplug_core.errors import DataError
+from mplug_core.errors import DataError, UsageError
 
 _EXTENSIONS = (".jsonl", ".json", ".csv", ".txt")
 _SUBFOLDERS = ("", "annotations", "data", "questions")
@@ -20,7 +22,8 @@ _EXPECTED = {
     "captions": 'JSON Lines {"image": ..., "caption": ...}, COCO captions JSON, or CSV with the header image,caption',
     "questions": 'JSON Lines {"image": ..., "question": ..., "answer": ...}, VQA v2 questions, or CSV with the header '
     "question,answer,image_id",
-    "phrases": 'JSON Lines {"image": ..., "phrase": ..., "box": ...}, refs(...).p, or COCO instances JSON',
+    "phrases": 'JSON Lines {"image": ..., "phrase": ..., "box": ...}, refs(...).p, COCO instances JSON, or the '
+    "folder of Flickr30k Entities",
     "statements": 'JSON Lines {"images": [..., ...], "statement": ..., "label": ...}, or those of NLVR2 or NLVR',
     "entailments": 'JSON Lines {"image": ..., "hypothesis": ..., "label": ...}, or those of SNLI-VE',
 }
@@ -37,11 +40,16 @@ def read(
     format: str | None = None,
     images: str | Path | None = None,
     text_only: bool = False,
+    opened: bool = True,
 ) -> Records[Any]:
-    """Records of a kind ("captions", ...); DataError where there is no such file or split, or nothing to use."""
+    """Records of a kind ("captions", ...); DataError where there is no such file or split, or nothing to use.
+
+    With ``opened`` false the images only name what a record is about: none has to be there.
+    """
     named, chosen = selection(split)
     reading = Reading(find(kind, Path(path), named, format), images, text_only)
-    return usable(reading, read_records(reading, chosen))
+    found = usable(reading, read_records(reading, chosen, keep=not opened))
+    return found if opened else replace(found, missing=[])
 
 
 def layouts(kind: str) -> tuple[Layout, ...]:
@@ -73,11 +81,26 @@ def find(kind: str, path: Path, split: str | None, format: str | None = None) ->
     raise NotHere(f"there are no {kind} in the folder {path}", f"expected {kind}.jsonl there; or name the file")
 
 
-def sources(kind: str, path: Path, format: str | None = None) -> dict[str, Source]:
-    """Split -> source, of all splits at a path, also those inside of files; a file without splits has the name ""."""
+def sources(
+    kind: str, path: Path, format: str | None = None, faults: list[DataError] | None = None
+) -> dict[str, Source]:
+    """Split -> source, of all splits at a path, also those inside of files; a file without splits has the name "".
+
+    What is wrong with one split of several is put into ``faults``; without such a list, and where no split is left, it
+    is raised.
+    """
     formats = _chosen(kind, format)
     if os.path.isdir(path):
-        found = {name: make() for name, make in _splits(kind, path, formats, format).items()}
+        found, wrong = {}, []
+        for name, make in _splits(kind, path, formats, format).items():
+            try:
+                found[name] = make()
+            except DataError as error:
+                wrong.append(error)
+        if wrong and (faults is None or not found):
+            raise wrong[0]
+        if faults is not None:
+            faults += wrong
     else:
         found = {"": _in_file(kind, path, None, formats, format, alone=False)}
     if "" in found and (inner := _inside(found[""])):
@@ -98,7 +121,9 @@ def _chosen(kind: str, format: str | None) -> tuple[Layout, ...]:
 def _in_file(
     kind: str, path: Path, split: str | None, formats: Sequence[Layout], format: str | None, alone: bool = True
 ) -> Source:
-    if not _is_file(path):
+    if not is_file(path):
+        if re.match(r"(https?|s3):/", str(path), re.IGNORECASE):
+            raise UsageError(f"{path} is an address, and records are read from files", "download it, and name the file")
         raise DataError(f"there is no data at {path}", "check the path")
     source = _source(kind, path, formats, format)
     if split is None:
@@ -169,15 +194,15 @@ def _splits(kind: str, folder: Path, formats: Sequence[Layout], format: str | No
             if found is not None:
                 add_official(*found, entry, layout)
                 break
-    for sub in _subfolders(folder):
+    for sub in subfolders(folder):
         for own in (f"{kind}.jsonl", f"{kind}.jsonl.gz"):
-            if (sub / own).is_file():
+            if os.path.isfile(sub / own):
                 add(sub.name, sub / own)
-        # NLVR: dev/dev.json
-        for layout in formats:
-            file = sub / f"{sub.name}.json"
-            if layout.common and file.is_file() and _match(layout, file.name, file) is not None:
-                add(sub.name, file, (layout,))
+        # NLVR: dev/dev.json, hidden/hidden_final.json
+        for file in (sub / f"{sub.name}{end}.json" for end in ("", "_final", "2")):
+            for layout in formats:
+                if layout.common and os.path.isfile(file) and _match(layout, file.name, file) is not None:
+                    add(sub.name, file, (layout,))
     if not splits:
         for layout in formats:
             if layout.looks(whole := File(folder)):
@@ -212,8 +237,10 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
     for sub in _SUBFOLDERS:
         place = folder / sub
         try:
-            names = sorted(os.listdir(place)) if place.is_dir() else []
+            names = sorted(os.listdir(place)) if os.path.isdir(place) else []
         except OSError as error:
+            if sub:
+                continue  # one folder inside doesn't cost the others
             raise DataError(f"{place} can't be read: {error.strerror}", "check the folder") from error
         order = {extension: rank for rank, extension in enumerate(_EXTENSIONS)}
         names.sort(key=lambda name: order.get(os.path.splitext(name.removesuffix(".gz"))[1], len(order)))
@@ -221,10 +248,11 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
             yield place / name, name.removesuffix(".gz")
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+            return sorted(Path(entry.path) for entry in entries if is_folder(entry))
     except OSError as error:
         raise DataError(f"{folder} can't be read: {error.strerror}", "check the folder") from error
 
@@ -251,7 +279,3 @@ def _other_kind(kind: str, file: File) -> str | None:
         if other != kind and any(layout.looks(file) for layout in official):
             return other
     return None
-
-
-def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # False, not an error, for names that no file can have

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mplug_core.data.records.files import File
+from mplug_core.data.records.files import File, is_file
 from mplug_core.data.records.finding import NotHere, find, sources
 from mplug_core.data.records.reading import Reading, Source, read_records, selection
 from mplug_core.data.records.types import KINDS, Record, images_of
@@ -102,7 +102,7 @@ def inspect(
             views.append(view)
     if views:
         return Inspection(str(path), views)
-    if task or not os.path.exists(path):
+    if task or not (os.path.exists(path) or is_file(Path(path))):
         raise errors[0] if errors else DataError(f"nothing in {path} is understood as {KINDS[task or TASKS[0]]}")
     raise _nothing(path, errors)
 
@@ -124,12 +124,13 @@ def _view(
     """The view of one task; None where its files are another task's."""
     kind = KINDS[task]
     named, chosen = selection(split)
-    found = {named or "": find(kind, path, named, format)} if named is not None else sources(kind, path, format)
+    wrong: list[DataError] = []
+    found = {named or "": find(kind, path, named, format)} if named is not None else sources(kind, path, format, wrong)
     if not found and asked:
         raise NotHere(f"there are no {kind} in the folder {path}", f"expected {kind}.jsonl there; or name the file")
     splits: list[SplitView] = []
     records: list[Record] = []
-    faults: list[str] = []
+    faults = [error.message for error in wrong]
     for name, source in found.items():
         if not asked and not claims(kind, source):
             continue
@@ -137,7 +138,7 @@ def _view(
             reading = Reading(source, images)
             read = read_records(reading, chosen, keep=True)
         except DataError as error:
-            if len(found) == 1:
+            if len(found) == 1 and not wrong:
                 raise
             faults.append(error.message)
             continue

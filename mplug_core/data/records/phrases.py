@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mplug_core.data.records import entities
 from mplug_core.data.records.files import File
 from mplug_core.data.records.finding import read
 from mplug_core.data.records.pickled_refs import as_text
@@ -23,6 +24,7 @@ from mplug_core.data.records.reading import (
     own_entries,
     own_folder,
     places,
+    repeats,
     table,
     table_entries,
 )
@@ -47,7 +49,8 @@ def read_phrases(
 
     RefCOCO, RefCOCO+ and RefCOCOg are a folder with ``refs(unc).p`` (or ``umd``, ``google``) and ``instances.json``;
     each sentence is a record. A path to a ``refs(...).p`` chooses among several. The pickle is read without running it.
-    ``coco_boxes`` is COCO's instances JSON: a category that an image has exactly one of is a phrase.
+    ``coco_boxes`` is COCO's instances JSON: a category that an image has exactly one of is a phrase. ``entities`` is
+    the folder of Flickr30k Entities: each marked phrase that has a box is a record, several boxes are one around all.
 
     Raises DataError where there is no such file or split, or nothing usable in it.
     """
@@ -61,8 +64,10 @@ def _own(entry: Entry) -> Iterable[Item]:
     x0, y0, x1, y1 = entry.numbers("box", 4, "[x0, y0, x1, y1] in pixels")
     box = _shares(entry, "box", (x0, y0, x1, y1), width, height)
     phrase_id = entry.identity("phrase_id", default="")
-    record = PhraseRecord(entry.path("image"), entry.text("phrase"), box, phrase_id, _size(width, height))  # type: ignore[arg-type]
-    return [Item(entry.image_id(), record, f"phrase_id {phrase_id}" if phrase_id else record)]
+    size, kind = _size(width, height), entry.word("kind")
+    record = PhraseRecord(entry.path("image"), entry.text("phrase"), box, phrase_id, size, kind)  # type: ignore[arg-type]
+    key = repeats(f"phrase_id {phrase_id}", str(entry.values.get("image")), record.phrase, record.box)
+    return [Item(entry.image_id(), record, key if phrase_id else record)]
 
 
 def _shares(
@@ -201,12 +206,34 @@ def _coco_item(entry: Entry) -> Iterable[Item]:
     path = entry.reading.image(*dict.fromkeys((name.name("file_name"), *coco_names(image_id, entry.reading.file.stem))))
     phrase_id = entry.identity("id", default="")
     record = PhraseRecord(path, entry.text("phrase"), box, phrase_id, size)  # type: ignore[arg-type]
-    return [Item(image_id, record, f"id {phrase_id}" if phrase_id else record)]
+    key = repeats(f"id {phrase_id}", image_id, record.phrase, record.box)
+    return [Item(image_id, record, key if phrase_id else record)]
 
 
 def _coco_folders(reading: Reading) -> list[Path]:
     split = reading.file.stem.partition("_")[2]
     return places(*filter(None, (split, split and f"images/{split}", *_COCO_FOLDERS)))(reading)
+
+
+def _entities(reading: Reading) -> Iterator[Entry]:
+    """Flickr30k Entities: a phrase an entry; those without a box (the scene, what is not to be seen) are left out."""
+    for image in entities.images(reading):
+        found = entities.boxes(reading, image.image_id)
+        mentions: Counter[str] = Counter()
+        for number, sentence in enumerate(image.sentences, 1) if found is not None else ():
+            for entity, phrase in entities.phrases(sentence):
+                if entity not in found.around:
+                    continue
+                mentions[entity] += 1
+                values = {
+                    "image": f"{image.image_id}.jpg",
+                    "image_id": image.image_id,
+                    "phrase": phrase,
+                    "box": found.around[entity],
+                    "size": found.size,
+                    "phrase_id": f"{image.image_id}/{entity}/{mentions[entity]}",
+                }
+                yield Entry(reading, f"{image.where}: sentence {number}", values)
 
 
 def _is_refs(file: File) -> bool:
@@ -227,6 +254,9 @@ LAYOUTS = (
     ),
     Layout(
         "coco_boxes", _is_instances, _coco_boxes, _coco_item, _coco_folders, (r"instances_(?P<split>\w+)\.json",),
+    ),
+    Layout(
+        "entities", entities.has_boxes, _entities, _own, places(*entities.FLICKR_FOLDERS), inside=entities.splits,
     ),
     Layout("json", lambda file: file.shape == "list", own_entries, _own, own_folder),
     Layout("jsonl", lambda file: file.shape == "lines", own_entries, _own, own_folder),

@@ -6,22 +6,13 @@ class or function that it names.
 
 from __future__ import annotations
 
-import io
-import pickle
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from mplug_core.bounded import Unreadable, parse_pickle
 from mplug_core.errors import DataError
 
 PICKLES = (".p", ".pkl", ".pickle")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain values are read")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to objects outside of it")
 
 
 def read_plain_pickle(path: Path, data: bytes) -> Any:
@@ -30,11 +21,9 @@ def read_plain_pickle(path: Path, data: bytes) -> Any:
     Texts of Python 2 are bytes without encoding: they come back as Latin-1, see :func:`as_text`.
     """
     try:
-        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle may fail in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        message = f"{path} can't be read as a pickle of plain values: {reason[:200]}"
-        raise DataError(message, "check the file") from error
+        return parse_pickle(data, encoding="latin1", limit=len(data))  # the caller has bounded it
+    except Unreadable as error:
+        raise DataError(f"{path} can't be read as a pickle of plain values: {error}", "check the file") from error
 
 
 def as_text(text: str) -> str:

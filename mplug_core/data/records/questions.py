@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mplug_core.data.records.captions import csv_fields
+from mplug_core.data.records.captions import csv_rows
 from mplug_core.data.records.files import File
 from mplug_core.data.records.finding import read
 from mplug_core.data.records.reading import (
@@ -23,9 +23,11 @@ from mplug_core.data.records.reading import (
     own_entries,
     own_folder,
     places,
+    repeats,
     table,
     table_entries,
 )
+from mplug_core.data.records.rows import one_line
 from mplug_core.data.records.types import Format, QuestionRecord, Records
 from mplug_core.errors import DataError
 
@@ -84,7 +86,7 @@ def _own(entry: Entry) -> Iterable[Item]:
 def _key(entry: Entry, record: QuestionRecord) -> Any:
     """What must not come twice: the question's id, else everything."""
     if record.question_id:
-        return f"question_id {record.question_id}"
+        return repeats(f"question_id {record.question_id}", str(entry.values.get("image")), record.question)
     return (record, str(entry.values.get("image")))  # of texts alone the image is None
 
 
@@ -236,23 +238,20 @@ def _gqa_item(entry: Entry) -> Iterable[Item]:
 
 def _daquar(reading: Reading) -> Iterator[Entry]:
     """CSV ``question,answer,image_id``; or the original's pairs of lines: question with its image, answer."""
-    numbered = lines(reading)
     if not _is_daquar_csv(reading.file):
-        yield from _daquar_pairs(reading, numbered)
+        yield from _daquar_pairs(reading, lines(reading))
         return
-    next(numbered, None)  # the header
-    for where, line in numbered:
-        fields = csv_fields(reading, where, line, "question")
-        if fields is not None:
-            values = dict(zip(("question", "answer", "image_id"), map(str.strip, fields), strict=False))
-            if len(fields) > 3:
-                reading.fault(where, f"expected question,answer,image_id, got {len(fields)} fields")
-            else:
-                yield Entry(reading, where, values)
+    for row in csv_rows(reading, "question"):
+        values = dict(zip(("question", "answer", "image_id"), map(one_line, row.fields), strict=False))
+        if len(row.fields) > 3:
+            reading.fault(row.where, f"expected question,answer,image_id, got {len(row.fields)} fields")
+        else:
+            yield Entry(reading, row.where, values)
 
 
 def _daquar_pairs(reading: Reading, numbered: Iterator[tuple[str, str]]) -> Iterator[Entry]:
-    for where, question in numbered:
+    for where, line in numbered:
+        question = one_line(line)
         _, answer = next(numbered, ("", ""))
         image = re.search(r"\bimage\d+\b", question)
         values = {"question": re.sub(r"\s*\b(in|of|on)?\s*(the )?image\d+\b\s*\??", "", question), "answer": answer}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mplug_core.bounded import shown
 from mplug_core.data.records.files import DAMAGED, File
 from mplug_core.data.records.types import CaptionRecord, Record, Records, counted, images_of
 from mplug_core.errors import DataError
@@ -57,6 +58,22 @@ class Source:
     inner: bool = False
 
 
+COCO_SPLITS = ("train2014", "val2014", "train2017", "val2017", "test2015", "test2017", "test2014")
+"""COCO's releases: 2017 has the images of 2014 in other splits, and under shorter names."""
+_COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.jpg")
+
+
+def coco_numbers(names: Iterable[str]) -> list[str]:
+    """The numbers, of twelve digits, in names that COCO's images have in any release."""
+    found = (_COCO_NAME.fullmatch(os.path.basename(name)) for name in names)
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def coco_spellings(number: str) -> list[str]:
+    """What an image of COCO is called in its releases."""
+    return [f"{number}.jpg", *(f"COCO_{split}_{number}.jpg" for split in COCO_SPLITS if not split.endswith("2017"))]
+
+
 class Reading:
     """One source being read: where images are, and what went wrong so far."""
 
@@ -72,6 +89,7 @@ class Reading:
         places = source.layout.folders(self)
         self.folders = [place for place in places if os.path.isdir(place)] or places[:1]
         self._last = (0, 0)
+        self._coco: list[Path] | None = None
         self._subfolders: dict[tuple[int, str], bool] = {}
 
     @property
@@ -89,7 +107,8 @@ class Reading:
         return self._found[names]
 
     def _look(self, names: tuple[str, ...]) -> Path:
-        if len(names) * len(self.folders) == 1:
+        numbers = coco_numbers(names)
+        if len(names) * len(self.folders) == 1 and not numbers:
             return self.folders[0] / names[0]
         folder, name = self._last  # an image is mostly where the one before was
         pairs = [(folder, name)] + [(f, n) for f in range(len(self.folders)) for n in range(len(names))]
@@ -99,7 +118,25 @@ class Reading:
             if os.path.isfile(path := self.folders[f] / names[n]):
                 self._last = (f, n)
                 return path
-        return self.folders[0] / names[0]
+        return self._look_for_coco(numbers) or self.folders[0] / names[0]
+
+    def _look_for_coco(self, numbers: list[str]) -> Path | None:
+        """An image of COCO by its number, whatever release of COCO is there."""
+        for number in numbers:
+            for folder in self._coco_folders():
+                for name in coco_spellings(number):
+                    if os.path.isfile(path := folder / name):
+                        return path
+        return None
+
+    def _coco_folders(self) -> list[Path]:
+        """The folders that may have images of COCO and are there."""
+        if self._coco is None:
+            roots = [self.images] if self.images is not None else [self.beside, self.beside.parent]
+            inside = ["", *COCO_SPLITS]
+            every = [root / sub / name for root in (*roots, *self.folders) for sub in ("", "images") for name in inside]
+            self._coco = [folder for folder in dict.fromkeys(every) if os.path.isdir(folder)]
+        return self._coco
 
     def _has_folder(self, folder: int, sub: str) -> bool:
         """Whether a folder has a sub-folder; most layouts name many that are not there."""
@@ -202,6 +239,18 @@ class Entry:
         return str(image)
 
 
+class Repeats(NamedTuple):
+    """What makes an entry the same as another one: its ``name``, such as an id, and what it says."""
+
+    name: str
+    said: tuple[Hashable, ...]
+
+
+def repeats(name: str, *said: Hashable) -> Repeats:
+    """The key of an entry that is a duplicate where an earlier one has the same name and says the same."""
+    return Repeats(name, said)
+
+
 def read_records(reading: Reading, chosen: Callable[[str], bool], keep: bool = False) -> list[Any]:
     """All usable records of a source; captions of one image are joined, repeated entries are broken ones.
 
@@ -215,7 +264,7 @@ def read_records(reading: Reading, chosen: Callable[[str], bool], keep: bool = F
             for image_id, record, key in reading.layout.parse(entry):
                 if key is not None:
                     if key in keys:
-                        same = key if isinstance(key, str) else "all fields are equal"
+                        same = key if isinstance(key, str) else getattr(key, "name", "all fields are equal")
                         raise DataError(f"{entry.where}: a duplicate of an entry before, the first is kept: {same}")
                     keys.add(key)
                 if not chosen(image_id):
@@ -280,19 +329,18 @@ def json_lines(reading: Reading) -> Iterator[tuple[str, Any]]:
 
 def lines(reading: Reading, file: File | None = None) -> Iterator[tuple[str, str]]:
     """(:line, text) of the lines that are not blank; those that are not UTF-8 are broken."""
-    with (file or reading.file).open() as stream:
-        number = 0
-        try:
-            for number, raw in enumerate(stream, 1):
-                try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    reading.fault(f":{number}", f"expected UTF-8 text, got the byte 0x{raw[error.start]:02x}")
-                    continue
-                if text and not text.isspace():
-                    yield f":{number}", text
-        except DAMAGED as error:
-            reading.fault(f":{number + 1}", f"expected more lines, the file is damaged from here on: {error}")
+    number = 0
+    try:
+        for number, raw in (file or reading.file).lines():
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                reading.fault(f":{number}", f"expected UTF-8 text, got the byte 0x{raw[error.start]:02x}")
+                continue
+            if text and not text.isspace():
+                yield f":{number}", text
+    except DAMAGED as error:
+        reading.fault(f":{number + 1}", f"expected more lines, the file is damaged from here on: {error}")
 
 
 def table(reading: Reading, name: str, like: str, value: Any = None, path: Path | None = None) -> list[Any]:
@@ -380,11 +428,3 @@ def is_id(value: Any) -> bool:
 def shortened(value: Any) -> Any:
     """A value that can be written: whole numbers of thousands of digits can't."""
     return "a huge number" if isinstance(value, int) and abs(value) >= 10**1000 else value
-
-
-def shown(value: Any, length: int = 80) -> str:
-    """The beginning of a value as JSON, for messages; never fails."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:length].encode("utf-8", "replace").decode()
-    except (ValueError, TypeError, RecursionError):
-        return f"a {type(value).__name__}"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mplug_core.data.records.files import File
-from mplug_core.data.records.finding import read
+from mplug_core.data.records.finding import read, subfolders
 from mplug_core.data.records.reading import Entry, Item, Layout, Reading, own_entries, own_folder, places
 from mplug_core.data.records.types import Format, Records, StatementRecord
 
 _NLVR_PERMUTATIONS = 6
+_NLVR_NAMES = (r"(?P<split>train|dev|test2?|hidden)\.jsonl?", r"(?P<split>hidden)(_final|2)\.jsonl?")
 _NLVR2_NAMES = (r"(?P<split>train|dev|test\d?|tiny-dev|(un)?balanced_(dev|test\d))\.jsonl?",)
 
 
@@ -28,7 +29,8 @@ def read_statements(
 
     NLVR2 has two images a statement. Its identifiers are SPLIT-SET-PAIR-SENTENCE: ``group`` is that without the pair.
     NLVR (Cornell) has one image, the strip of three boxes, in six permutations, and each is a record; ``identifier`` is
-    SPLIT-IDENTIFIER-PERMUTATION, ``group`` is that without the permutation.
+    SPLIT-IDENTIFIER-PERMUTATION, ``group`` is that without the permutation. Its hidden split (``hidden.json``) names no
+    folders and may have no labels.
 
     Raises DataError where there is no such file or split, or nothing usable in it.
     """
@@ -50,7 +52,7 @@ def _own(entry: Entry) -> Iterable[Item]:
     # ALBEF's lists call it a sentence
     text = entry.text("sentence" if "sentence" in entry.values and "statement" not in entry.values else "statement")
     identifier = entry.identity("identifier", default="")
-    record = StatementRecord(images, text, label, identifier, entry.word("group"))
+    record = StatementRecord(images, text, label, identifier, entry.word("group"), entry.word("kind"))
     return [Item(image_id, record, f"identifier {identifier}" if identifier else record)]
 
 
@@ -105,13 +107,21 @@ def _nlvr_item(entry: Entry) -> Iterable[Item]:
 
 def _nlvr_split(reading: Reading) -> str:
     """Images carry the split's name: the file's, or that of its folder."""
-    known = ("train", "dev", "test", "test2")
-    return next((name for name in (reading.file.stem, reading.beside.name) if name in known), reading.file.stem)
+    for name in (f"{reading.file.stem}.json", f"{reading.beside.name}.json"):
+        for pattern in _NLVR_NAMES:
+            if match := re.fullmatch(pattern, name):
+                return match["split"]
+    return reading.file.stem
 
 
 def _nlvr_folders(reading: Reading) -> list[Path]:
     split = _nlvr_split(reading)
-    return places("images", f"{split}/images", split)(reading)
+    folders = places("images", f"{split}/images", split)(reading)
+    if "directory" in reading.file.sample:
+        return folders
+    # Images are in numbered folders, and the hidden split does not say in which.
+    numbered = [sub for folder in folders if folder.is_dir() for sub in subfolders(folder) if sub.name.isdecimal()]
+    return [*folders, *numbered]
 
 
 def _looks(pattern: str, file: File) -> bool:
@@ -127,7 +137,7 @@ LAYOUTS = (
     ),
     Layout(
         "nlvr", lambda file: _looks(r"\d+-\d+", file), own_entries, _nlvr_item, _nlvr_folders,
-        (r"(?P<split>train|dev|test2?)\.jsonl?",), common=True,
+        _NLVR_NAMES, common=True,
     ),
     Layout(
         "json", lambda file: file.shape == "list", own_entries, _own, own_folder, (r"nlvr_(?P<split>\w+)\.json",),

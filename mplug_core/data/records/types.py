@@ -26,9 +26,9 @@ KINDS = {
 """Task -> what its records are called, which is also the name of its own files (``captions.jsonl``)."""
 
 KIND_FORMATS = {
-    "captions": ("jsonl", "json", "flickr8k", "flickr30k", "token", "entities", "coco", "karpathy", "nocaps"),
+    "captions": ("jsonl", "json", "flickr8k", "flickr30k", "token", "tsv", "entities", "coco", "karpathy", "nocaps"),
     "questions": ("jsonl", "json", "vqa", "vgqa", "gqa", "daquar"),
-    "phrases": ("jsonl", "json", "refcoco", "coco_boxes"),
+    "phrases": ("jsonl", "json", "refcoco", "coco_boxes", "entities"),
     "statements": ("jsonl", "json", "nlvr2", "nlvr"),
     "entailments": ("jsonl", "json", "snli_ve"),
 }
@@ -74,7 +74,7 @@ class QuestionRecord:
 class PhraseRecord:
     """A phrase and the box it means: (x0, y0, x1, y1) as shares 0..1 of the image's width and height.
 
-    ``size`` is (width, height) in pixels as the file states it.
+    ``size`` is (width, height) in pixels as the file states it, ``kind`` a free word or empty.
     """
 
     image: Path
@@ -82,6 +82,7 @@ class PhraseRecord:
     box: tuple[float, float, float, float]
     phrase_id: str = ""
     size: tuple[int, int] | None = field(default=None, compare=False)
+    kind: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class StatementRecord:
     """A statement on one image or a pair, and whether it is true; None where the label is hidden (a test split).
 
     ``identifier`` is the official one. Records with the same ``group`` are one sentence on several images: consistency
-    counts a group as right where all of it is.
+    counts a group as right where all of it is. ``kind`` is a free word or empty.
     """
 
     images: tuple[Path, ...]
@@ -97,6 +98,7 @@ class StatementRecord:
     label: bool | None
     identifier: str = ""
     group: str = ""
+    kind: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

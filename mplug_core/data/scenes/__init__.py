@@ -8,16 +8,16 @@ Models are proved on it without any download: every text comes from the scene gr
 - ``captions``, ``questions``, ``phrases``, ``statements``, ``entailments``: scene -> text, one kind a file
 - ``labels``: dense labels per patch, for warming up a visual encoder
 - ``folder``: writes all of it as images and JSON Lines, reads scenes back
-- ``leaks``: how well the labels can be guessed from the text alone
+- ``leaks``: how well the labels can be guessed from the text alone, or with single things in the picture
 """
 
 from __future__ import annotations
 
 from .captions import caption_correct, captions, parse_caption
 from .entailments import entailments
-from .folder import SPLITS, holds_scenes, read_scenes, write_scenes
+from .folder import SPLITS, holds_scenes, read_scenes, split_sizes, write_scenes
 from .labels import patch_labels
-from .leaks import text_only_accuracy
+from .leaks import shortcut_accuracy, text_only_accuracy
 from .phrases import phrases
 from .questions import questions
 from .render import render
@@ -43,6 +43,8 @@ __all__ = [
     "read_scenes",
     "render",
     "sample_scene",
+    "shortcut_accuracy",
+    "split_sizes",
     "statements",
     "text_only_accuracy",
     "write_scenes",

@@ -1,14 +1,13 @@
 """A folder of scenes: three splits of images and JSON Lines, written by any number of processes to the same bytes.
 
-The splits are built in a hidden folder inside and moved into place when complete; ``scenes.json``, which marks a
-folder as ours, is written last. Records of a couple of images (2i, 2i + 1) come together, so that statements share
-images with the rest.
+The splits are built in a hidden folder inside by the folder's one writer, and take the place of what is there when they
+are complete; ``scenes.json`` marks a folder as ours. Records of a couple of images (2i, 2i + 1) come together, so that
+statements share images with the rest.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections import Counter
@@ -20,7 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from mplug_core.atomic import BUILDING, HIDDEN, finish_replacing, is_being_replaced, replace_contents, sole_writer
+from mplug_core.bounded import Unreadable, read_json
 from mplug_core.errors import DataError, UsageError
+from mplug_core.json_text import to_json
+from mplug_core.outputs import path_shown
 
 from .captions import captions
 from .entailments import entailments
@@ -33,7 +36,8 @@ from .world import SPLIT_NAMES, WORLD, WORLDS, Scene, World, sample_scene, strea
 SPLITS = SPLIT_NAMES
 KINDS = ("captions", "questions", "phrases", "statements", "entailments", "scenes")
 MARKER = "scenes.json"
-_BUILDING = ".building"
+VERSION = 2
+"""Of the texts: the same seed has other ones in another version. Folders of all versions are read."""
 _CHUNK = 64  # scenes a worker makes at a time; even, so that couples stay together
 
 Records = dict[str, list[dict[str, Any]]]
@@ -59,34 +63,38 @@ def write_scenes(
 ) -> dict[str, dict[str, int]]:
     """Write ``n`` training scenes and the other two splits to ``out``; returns records per split and kind.
 
-    An existing scenes folder is replaced; any other folder that is not empty raises UsageError. ``progress`` is called
-    with the number of scenes just done.
+    An existing scenes folder is replaced when the new scenes are whole; any other folder that is not empty raises
+    UsageError, and MplugError one in which another process writes. ``progress`` is called with the number of scenes
+    just done.
     """
     out = Path(out)
     if n < 1 or seed < 0 or workers < 1:
         raise UsageError("n and workers must be at least 1 and seed at least 0")
     if not 32 <= size <= 1024:
         raise UsageError(f"no scenes of {size} pixels", hint="a size from 32 to 1024")
-    _check_target(out)
     try:
-        return _build(out, n, seed, size, workers, world, progress)
+        _check_target(out)
+        with sole_writer(out):
+            finish_replacing(out, _is_ours, MARKER)
+            _check_target(out)
+            return _build(out, n, seed, size, workers, world, progress)
     except OSError as error:
         raise DataError(
-            f"can't write scenes to {out}: {error.strerror or error}",
+            f"can't write scenes to {path_shown(out)}: {error.strerror or error}",
             hint="check permissions and free space",
             code="write",
         ) from error
 
 
 def holds_scenes(out: str | Path, n: int, seed: int, size: int) -> bool:
-    """Whether :func:`write_scenes` has written these scenes of the full world to ``out``, to the last one."""
+    """Whether :func:`write_scenes` has written these scenes of the full world to ``out``, all, and as it does now."""
     try:
-        about = json.loads((Path(out) / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        about = read_json(Path(out) / MARKER)
+    except Unreadable:
         return False
     if not isinstance(about, dict) or about.get("world", "full") != "full":
         return False
-    return [about.get(key) for key in ("n", "seed", "size")] == [n, seed, size]
+    return [about.get(key) for key in ("version", "n", "seed", "size")] == [VERSION, n, seed, size]
 
 
 def _check_target(out: Path) -> None:
@@ -96,16 +104,31 @@ def _check_target(out: Path) -> None:
         entries = {p.name for p in out.iterdir()} if out.exists() else set()
     except OSError as error:
         raise UsageError(f"can't read {out}: {error.strerror}", hint="name another folder") from error
-    if MARKER not in entries and entries - {_BUILDING}:
+    if MARKER not in entries and entries - HIDDEN and not _was_interrupted(out, entries):
         raise UsageError(
             f"{out} is not empty and holds no scenes ({MARKER} is missing)", hint="name a new or empty folder"
         )
 
 
+def _is_ours(name: str) -> bool:
+    return name in SPLITS or name == MARKER
+
+
+def _was_interrupted(out: Path, entries: set[str]) -> bool:
+    """Whether a folder without the marker is one that was being replaced when a kill came."""
+    if is_being_replaced(out, MARKER):
+        return True
+    if entries - HIDDEN - set(SPLITS):
+        return False
+    # earlier versions took the marker away first
+    made = any((out / BUILDING / split / "images").is_dir() for split in SPLITS)
+    return made or all((out / name / "scenes.jsonl").is_file() for name in entries - HIDDEN)
+
+
 def _build(
     out: Path, n: int, seed: int, size: int, workers: int, world: World, progress: Callable[[int], None] | None
 ) -> dict[str, dict[str, int]]:
-    building = out / _BUILDING
+    building = out / BUILDING
     shutil.rmtree(building, ignore_errors=True)
     totals: dict[str, dict[str, int]] = {}
     try:
@@ -118,7 +141,7 @@ def _build(
             try:
                 for (start, end), records in zip(chunks, _results(work, chunks, workers), strict=True):
                     for kind in KINDS:
-                        files[kind].writelines(json.dumps(r) + "\n" for r in records[kind])
+                        files[kind].writelines(to_json(r) + "\n" for r in records[kind])
                         lines[kind] += len(records[kind])
                     if progress is not None:
                         progress(end - start)
@@ -126,17 +149,13 @@ def _build(
                 for file in files.values():
                     file.close()
             totals[split] = dict(lines)
-        (out / MARKER).unlink(missing_ok=True)
-        for split in SPLITS:
-            if (out / split).exists():
-                shutil.rmtree(out / split)
-            os.rename(building / split, out / split)
+        name = next((name for name, known in WORLDS.items() if known is world), None)
+        about = {"format": "mplug scenes", "version": VERSION, "n": n, "seed": seed, "size": size, "world": name}
+        about["records"] = totals
+        (building / MARKER).write_text(to_json(about, indent=2) + "\n", encoding="utf-8")
+        replace_contents(building, out, _is_ours, MARKER)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    name = next((name for name, known in WORLDS.items() if known is world), None)
-    about = {"format": "mplug scenes", "version": 1, "n": n, "seed": seed, "size": size, "world": name}
-    about["records"] = totals
-    (out / MARKER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return totals
 
 
@@ -203,6 +222,6 @@ def read_scenes(path: str | Path) -> list[tuple[Path, Scene]]:
         try:
             record = json.loads(line)
             found.append((folder / record["image"], Scene.from_record(record, path.parent.name)))
-        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, AttributeError) as error:
             raise DataError(f"{path}:{number} is no scene: {type(error).__name__} {error}") from error
     return found

@@ -76,7 +76,8 @@ def possible(world: World, split: str, fields: Fields) -> dict[Description, floa
     weights: dict[Description, float] = {}
     for (color, shape), weight in world.pair_weights(split).items():
         for size in world.sizes:
-            thing = describe(SceneObject(shape, color, size, (0, 0, 0, 0)), fields)
+            values = {"size": size, "color": color, "shape": shape}
+            thing = Description(**{f: values[f] for f in fields})
             weights[thing] = weights.get(thing, 0.0) + weight
     return weights
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import accumulate
@@ -11,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mplug_core.bounded import Unreadable, parse_json, shown
 from mplug_core.errors import DataError
+from mplug_core.json_text import to_json
 
 INDEX = "index.json"
 FORMAT = "mplug-shards"
@@ -108,11 +109,11 @@ class PackIndex(_Strict):
 def parse_index(data: bytes, where: str) -> PackIndex:
     """The index in ``data``; DataError that names ``where`` and every fault."""
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}", "pack the data again") from error
+        values = parse_json(data)
+    except Unreadable as error:
+        raise DataError(f"{where} can't be read: {error}", "pack the data again") from error
     if isinstance(values, dict) and values.get("format") == FORMAT and values.get("version") != VERSION:
-        raise DataError(f"{where} has version {values.get('version')!r}", f"this mplug reads version {VERSION}")
+        raise DataError(f"{where} has version {shown(values.get('version'))}", f"this mplug reads version {VERSION}")
     try:
         index = PackIndex.model_validate_json(data)
     except ValidationError as error:
@@ -137,8 +138,8 @@ def dump_index(index: PackIndex) -> bytes:
     """The bytes of ``index.json``, a line a shard."""
     values: dict[str, Any] = index.model_dump(mode="json")
     shards = values.pop("shards")
-    head = json.dumps(values, ensure_ascii=False, indent=1)[:-2]
-    lines = ",\n".join("  " + json.dumps(shard) for shard in shards)
+    head = to_json(values, ensure_ascii=False, indent=1)[:-2]
+    lines = ",\n".join("  " + to_json(shard) for shard in shards)
     return f'{head},\n "shards": [\n{lines}\n ]\n}}\n'.encode()
 
 

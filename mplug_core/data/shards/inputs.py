@@ -5,34 +5,35 @@ Every input becomes :class:`Item` in a fixed order, or a :class:`Fault` in its p
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mplug_core.bounded import Unreadable, as_text, parse_json, read_bytes, readable
 from mplug_core.data.batches import image_groups
-from mplug_core.data.records.files import DAMAGED, File
+from mplug_core.data.records.files import DAMAGED, File, is_file
 from mplug_core.data.records.finding import find
 from mplug_core.data.records.inspection import claims
 from mplug_core.data.records.reading import Reading, is_unicode, read_records, selection, usable
+from mplug_core.data.records.rows import image_pairs, is_address
 from mplug_core.data.records.types import KINDS, CaptionRecord, Record, images_of
 from mplug_core.data.shards.download import MAX_BYTES
 from mplug_core.data.shards.index import KIND_NAMES, is_pack_folder
 from mplug_core.data.shards.remote import is_url
 from mplug_core.data.shards.samples import EXTENSIONS, MAX_JSON, DamagedSample, as_json, content_of, key_of
-from mplug_core.errors import DataError
+from mplug_core.errors import DataError, shown_address
 
 FORMATS = ("tsv", "urls", "img2dataset")
 """Formats beside those of the readers: columns of a table, JSON Lines with ``url``, img2dataset's two layouts."""
 
 _SHARD = re.compile(r"\d{5,}(\.tar)?")
-_URL = re.compile(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*://\S+\s*")
-_IMAGE_COLUMNS, _TEXT_COLUMNS = ("image", "url", "filepath"), ("caption", "text", "title")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def open_inputs(
     """The items of a data set; ``tasks``: default all that it serves. DataError where there is nothing to read."""
     if is_url(path):
         raise DataError(f"{path} is a URL", "data is packed from local files: download the list, not its images")
-    if not os.path.exists(path):
+    if not os.path.exists(path) and not is_file(Path(path)):
         raise DataError(f"there is no data at {path}", "check the path")
     if is_pack_folder(path):
         raise DataError(f"{path} is a pack already", "name what it was made from")
@@ -181,9 +182,9 @@ def _relative(image: Path, path: str) -> str:
     base = Path(path).absolute()
     base = base if base.is_dir() else base.parent
     try:
-        return image.absolute().relative_to(base).as_posix()
+        return readable(image.absolute().relative_to(base).as_posix())
     except ValueError:
-        return image.name
+        return readable(image.name)
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
@@ -202,10 +203,18 @@ def _pairs(rows: Iterable[tuple[str, str, str] | Fault], folder: Path, text_only
             yield _pair(f"text {number}", None, caption, str(number))
         elif not image.strip() or "\0" in image or not is_unicode(image):
             yield Fault(where, "no_image", "expected an image or URL")
-        elif _URL.fullmatch(image) or is_url(image):
-            yield _pair(where, Picture(image.strip(), url=image.strip()), caption, image.strip())
+        elif is_address(image) or is_url(image):
+            yield _pair(where, Picture(shown_address(image), url=image.strip()), caption, _identity(image))
         else:
             yield _pair(where, Picture(image, path=folder / image), caption, image)
+
+
+def _identity(url: str) -> str:
+    """The image id that a URL gives: without its secrets, and still another one for another query."""
+    shown = shown_address(url)
+    if not shown.endswith("?***"):
+        return shown
+    return f"{shown}#{hashlib.sha256(url.partition('?')[2].encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 def _pair(name: str, picture: Picture | None, caption: str, image_id: str) -> Item:
@@ -216,27 +225,9 @@ def _pair(name: str, picture: Picture | None, caption: str, image_id: str) -> It
 
 def _table(file: File) -> Iterator[tuple[str, str, str] | Fault]:
     """``image<TAB>caption`` or ``url<TAB>caption``, in either order where one is a URL, or as a header names them."""
-    columns: tuple[int, int] | None = None
-    for number, line in _lines(file):
-        where = f"{file.path.name}:{number}"
-        cells = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE), [])
-        if number == 1 and (columns := _header(cells)):
-            continue
-        if len(cells) < 2 or (columns and max(columns) >= len(cells)):
-            yield Fault(where, "broken_entry", f"expected two columns, got {len(cells)}")
-        elif columns:
-            yield where, cells[columns[0]], cells[columns[1]]
-        elif _URL.fullmatch(cells[1]) and not _URL.fullmatch(cells[0]):  # as CC3M has them
-            yield where, cells[1], cells[0]
-        else:
-            yield where, cells[0], cells[1]
-
-
-def _header(cells: list[str]) -> tuple[int, int] | None:
-    names = [cell.strip().lower() for cell in cells]
-    image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
-    text = next((names.index(name) for name in _TEXT_COLUMNS if name in names), None)
-    return None if image is None or text is None else (image, text)
+    for pair in image_pairs((str(number), line) for number, line in _lines(file)):
+        where = f"{file.path.name}:{pair.where}"
+        yield Fault(where, "broken_entry", pair.fault) if pair.fault else (where, pair.image, pair.caption)
 
 
 def _url_lines(file: File) -> Iterator[tuple[str, str, str] | Fault]:
@@ -258,11 +249,10 @@ def _url_lines(file: File) -> Iterator[tuple[str, str, str] | Fault]:
 def _lines(file: File) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines that are not blank. DataError for a damaged file."""
     try:
-        with file.open() as stream:
-            for number, raw in enumerate(stream, 1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").rstrip("\r\n")
-                if line.strip():
-                    yield number, line
+        for number, raw in file.lines():
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").rstrip("\r\n")
+            if line.strip():
+                yield number, line
     except DAMAGED as error:
         raise DataError(f"{file.path} is damaged: {error}", "copy it again") from error
 
@@ -276,34 +266,82 @@ def _img2dataset(folder: Path) -> Iterator[Item | Fault]:
     for name in shards:
         members = _of_tar(folder / name) if name.endswith(".tar") else _of_folder(folder / name)
         for found in members:
-            yield found if isinstance(found, Fault) else _captioned(*found)
+            if isinstance(found, Fault):
+                yield found
+            else:
+                yield from _captioned(*found)
 
 
-def _captioned(name: str, parts: dict[str, Any]) -> Item | Fault:
-    """The item of one key: an image, and a caption in ``.txt`` or ``.json``."""
-    extension = next((key for key in parts if key in EXTENSIONS), None)
-    if extension is None:
-        return Fault(name, "missing_image", "no image of this key")
+Part = bytes | Path
+
+
+def _captioned(name: str, parts: list[tuple[str, Part]]) -> Iterator[Item | Fault]:
+    """The samples of one key, whose members are named by what is behind its first dot.
+
+    That may have dots itself: ``input.jpg`` and ``output.txt`` are the image and the caption of their key, and of
+    several images each has the caption of its own name. A member that comes again is another sample's.
+    """
+    images: list[tuple[str, str, Part]] = []
+    texts: dict[tuple[str, str], list[Part]] = {}
+    for extension, part in parts:
+        middle, _, kind = extension.rpartition(".")
+        if kind in EXTENSIONS:
+            images.append((middle, kind, part))
+        elif kind in ("txt", "json"):
+            texts.setdefault((middle, kind), []).append(part)
+    alone = len({middle for middle, _, _ in images}) == 1
+    seen: Counter[str] = Counter()
+    for middle, kind, image in images:
+        number = seen[middle]
+        seen[middle] += 1
+        of_it = f"{name}.{middle}" if middle and not alone else name
+        of_it += f" ({number + 1})" if number else ""
+        found: dict[str, Part] = {}
+        for what in ("txt", "json"):
+            # of one image the only text of another name, too
+            places = [(middle, what)]
+            if alone and (middle, what) not in texts:
+                others = [place for place in texts if place[1] == what]
+                places = others if len(others) == 1 else []
+            for place in places:
+                if texts.get(place):
+                    found[what] = texts[place].pop(0)
+        file = f"{name}.{middle}.{kind}" if middle else f"{name}.{kind}"
+        yield _sample(of_it, file, image, found)
+    if not images:
+        yield Fault(name, "missing_image", "no image of this key")
+        return
+    for (middle, kind), left in texts.items():
+        for _ in left:
+            yield Fault(f"{name}.{middle}.{kind}" if middle else f"{name}.{kind}", "missing_image", "no image of it")
+
+
+def _sample(name: str, file: str, image: Part, texts: dict[str, Part]) -> Item | Fault:
+    """The item of an image and its caption in ``.txt`` or ``.json``."""
     caption, image_id = "", name
     try:
-        values = json.loads(parts["json"]) if "json" in parts else {}
+        values = parse_json(_bytes(texts["json"])) if "json" in texts else {}
         if isinstance(values, dict):
-            caption, image_id = values.get("caption") or "", str(values.get("url") or name)
-        if "txt" in parts:
-            caption = parts["txt"].decode("utf-8")
-    except (ValueError, RecursionError):
-        return Fault(name, "broken_json", "expected UTF-8 text and JSON")
+            caption, image_id = values.get("caption") or "", _identity(str(values.get("url") or name))
+        if "txt" in texts:
+            caption = as_text(_bytes(texts["txt"]))
+    except Unreadable as error:
+        return Fault(name, "broken_json", f"expected UTF-8 text and JSON: {error}")
     if not isinstance(caption, str) or not caption.strip() or not is_unicode(caption + image_id):
         return Fault(name, "missing_caption", "no caption of this key")
-    image = parts[extension]
-    file = f"{name}.{extension}"
     picture = Picture(file, path=image) if isinstance(image, Path) else Picture(file, data=image)
     return _pair(name, picture, caption, image_id)
 
 
-def _of_tar(path: Path) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
-    """(key, extension -> bytes) of neighbours with one key; what is neither image nor text is skipped unread."""
-    key, parts = None, {}
+def _bytes(part: Part) -> bytes:
+    return read_bytes(part, MAX_JSON) if isinstance(part, Path) else part
+
+
+def _of_tar(path: Path) -> Iterator[tuple[str, list[tuple[str, Part]]] | Fault]:
+    """(key, members by what is behind it) of neighbours with one key; what is neither image nor text is skipped
+    unread."""
+    key: str | None = None
+    parts: list[tuple[str, Part]] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
@@ -311,33 +349,44 @@ def _of_tar(path: Path) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
                     continue
                 try:
                     name, extension = key_of(info)
-                    if name != key:
-                        if parts:
+                    if name != key or len(parts) >= _MOST_PARTS:
+                        if key is not None:
                             yield f"{path.stem}/{key}", parts
-                        key, parts = name, {}
-                    if extension in EXTENSIONS or extension in ("txt", "json"):
-                        if info.size > (MAX_BYTES if extension in EXTENSIONS else MAX_JSON):
+                        key, parts = name, []
+                    kind = extension.rpartition(".")[2]
+                    if kind in EXTENSIONS or kind in ("txt", "json"):
+                        if info.size > (MAX_BYTES if kind in EXTENSIONS else MAX_JSON):
                             raise DamagedSample(f"member {info.name[:100]!r} is too large", code="too_large")
-                        parts[extension] = content_of(tar, info)
+                        parts.append((extension, content_of(tar, info)))
                 except DamagedSample as error:
                     yield Fault(f"{path.name}", error.code, error.message)
-        if parts:
+        if key is not None:
             yield f"{path.stem}/{key}", parts
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if parts:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        if key is not None and parts:
             yield f"{path.stem}/{key}", parts
         yield Fault(path.name, "broken_tar", f"damaged from here on: {error}")
 
 
-def _of_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]] | Fault]:
-    """(key, extension -> file or bytes) of the files of a folder."""
-    keys: dict[str, dict[str, Any]] = {}
-    for name in sorted(os.listdir(folder)):
+def _of_folder(folder: Path) -> Iterator[tuple[str, list[tuple[str, Part]]] | Fault]:
+    """(key, files by what is behind it) of the files of a folder."""
+    keys: dict[str, list[tuple[str, Part]]] = {}
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        yield Fault(folder.name, "unreadable", f"the folder can't be read: {error.strerror}")
+        return
+    for name in names:
         stem, _, extension = name.partition(".")
         extension = extension.lower()
-        if extension in EXTENSIONS:
-            keys.setdefault(stem, {})[extension] = folder / name
-        elif extension in ("txt", "json"):
-            keys.setdefault(stem, {})[extension] = (folder / name).read_bytes()[:MAX_JSON]
+        kind = extension.rpartition(".")[2]
+        if stem and kind in ("txt", "json") and not os.path.isfile(folder / name):
+            yield Fault(f"{folder.name}/{name}", "unreadable", "it is not a file")
+        elif stem and (kind in EXTENSIONS or kind in ("txt", "json")):
+            keys.setdefault(stem, []).append((extension, folder / name))
     for key, parts in keys.items():
         yield f"{folder.name}/{key}", parts
+
+
+_MOST_PARTS = 64
+"""Members of one key that are held at once."""

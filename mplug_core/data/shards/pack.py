@@ -1,7 +1,9 @@
 """Writing a pack: samples in the order of the input, shards of a bounded size, the index last.
 
 The same input gives the same bytes. A shard is complete or absent; after each, ``progress.json`` says where the input
-was, and the same call goes on from there. What can't be packed is left out, counted, and named in ``left_out.jsonl``.
+was, and the same call goes on from there. A pack that is replaced stays until the new one, made in a hidden folder
+inside, is complete. A folder has one writer at a time. What can't be packed is left out, counted, and named in
+``left_out.jsonl``.
 """
 
 from __future__ import annotations
@@ -12,19 +14,22 @@ import io
 import json
 import os
 import re
+import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from mplug_core.atomic import BUILDING, HIDDEN, finish_replacing, is_being_replaced, replace_contents, sole_writer
+from mplug_core.bounded import read_json, readable
 from mplug_core.data.ahead import batches_ahead
-from mplug_core.data.images import open_image
+from mplug_core.data.folders import NotAFile, read_file
+from mplug_core.data.images import format_of, open_image, picture_shape
+from mplug_core.data.placement import cut, turn_of, turned
 from mplug_core.data.shards.download import MAX_BYTES, download
 from mplug_core.data.shards.index import (
     FORMAT,
@@ -42,12 +47,17 @@ from mplug_core.data.shards.index import (
 from mplug_core.data.shards.inputs import Fault, Item, Picture, open_inputs
 from mplug_core.data.shards.reading import pack_places
 from mplug_core.data.shards.samples import END, MAX_JSON, rows_of, tar_sample, texts_of, values_of
-from mplug_core.errors import DataError, ImageError, MplugError
+from mplug_core.errors import DataError, ImageError, MplugError, UsageError
+from mplug_core.json_text import to_json
+from mplug_core.outputs import is_within, path_shown
 
 PROGRESS = "progress.json"
 LEFT_OUT = "left_out.jsonl"
-_OURS = re.compile(r"\d{5,9}\.(tar|idx|jsonl\.gz)|index\.json|progress\.json|left_out\.jsonl|\..*\.part")
-_EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
+_OURS = re.compile(
+    r"\d{5,9}\.(tar|idx|jsonl\.gz)|index\.json|progress\.json|left_out\.jsonl"
+    r"|\.(\d{5,9}\.(tar|idx|jsonl\.gz)|(index|progress)\.json)\.part"
+)
+_EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "HEIF": "heic"}
 _SLACK = 100
 """Bad entries more than twice the share that may be bad, with which a run ends early."""
 _VALUES = 100_000
@@ -92,10 +102,66 @@ def pack(
 
     ``workers`` threads read or download images (``timeout`` seconds, ``retries`` more attempts) and decode each once.
     DataError where ``out`` holds something else (a finished pack is replaced with ``force`` alone), where nothing can
-    be packed, and where more than the share ``max_bad`` of the entries is bad.
+    be packed, and where more than the share ``max_bad`` of the entries is bad; UsageError where ``out`` holds what is
+    packed; MplugError where another process writes there, or the disk doesn't take it.
     """
+    with _writing(out):
+        _check_target(out, force)
+    for path in (options.source, options.images):
+        if path is not None and is_within(path, out):
+            raise UsageError(f"{path_shown(path)} is in {path_shown(out)}, which is replaced", "name another OUT")
     items = open_inputs(options.source, options.split, options.format, options.images, options.tasks, options.text_only)
-    state = _State.begin(options, out, force)
+    with _writing(out), sole_writer(out):
+        finish_replacing(out, _is_ours, INDEX)
+        _check_target(out, force)
+        # what is whole stays until the new one is; with both files a kill came when all but one call was done
+        place = out / BUILDING if is_pack_folder(out) and (force or not (out / PROGRESS).exists()) else out
+        state = _State.begin(options, place, force and place == out)
+        report = _pack(options, items, place, state, workers, max_bad, timeout, retries, progress)
+        if place != out:
+            replace_contents(place, out, _is_ours, INDEX)
+        return replace(report, folder=out)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise MplugError(f"cannot write {path_shown(out)}: {reason}", "the same command goes on") from error
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """DataError where ``out`` holds something else than a pack, or a finished one that isn't to be replaced."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file", "name a folder")
+    there = sorted(set(os.listdir(out)) - HIDDEN) if out.exists() else []
+    foreign = [name for name in there if not _is_ours(name)]
+    if there and PROGRESS not in there and not is_pack_folder(out) and not _was_interrupted(out, there):
+        foreign = there  # shards of someone else
+    if foreign:
+        raise DataError(f"{out} holds other files: {foreign[0]}", "name a new folder")
+    if INDEX in there and PROGRESS not in there and not force:
+        raise DataError(f"{out} is a pack already", "--force replaces it")
+
+
+def _is_ours(name: str) -> bool:
+    return _OURS.fullmatch(name) is not None
+
+
+def _was_interrupted(out: Path, there: Sequence[str]) -> bool:
+    """Whether a folder without index and progress is one that was begun or being replaced when a kill came."""
+    if is_being_replaced(out, INDEX) or any(name.endswith(".idx") for name in there):
+        return True
+    return all(name.endswith(".part") for name in there)
+
+
+def _pack(
+    options: PackOptions, items: Iterator[Item | Fault], out: Path, state: _State, workers: int, max_bad: float,
+    timeout: float, retries: int, progress: Callable[[int, int], None],
+) -> PackReport:  # fmt: skip
+    """Go on from ``state`` to the end, in ``out``."""
     writer = _Writer(options, out, state)
     items = islice(items, state.consumed, None)
 
@@ -103,20 +169,17 @@ def pack(
         return _prepare(item, timeout, retries + 1)
 
     size = max(16, 2 * workers)
-    try:
-        for batch in batches_ahead(items, prepare, size, workers):
-            for _, made in batch:
-                if isinstance(made, MplugError):
-                    raise made
-                writer.add(made)
-                if writer.full:
-                    break
-            progress(writer.samples, writer.bad)
-            writer.judge(2 * max_bad, _SLACK)  # hopeless: not after hours of downloads
+    for batch in batches_ahead(items, prepare, size, workers):
+        for _, made in batch:
+            if isinstance(made, MplugError):
+                raise made
+            writer.add(made)
             if writer.full:
                 break
-    except OSError as error:
-        raise MplugError(f"cannot write {out}: {error.strerror or error}", "the same command goes on") from error
+        progress(writer.samples, writer.bad)
+        writer.judge(2 * max_bad, _SLACK)  # hopeless: not after hours of downloads
+        if writer.full:
+            break
     writer.judge(max_bad)
     index = writer.finish()
     return PackReport(out, index, sum(shard.bytes for shard in index.shards), writer.first_bad)
@@ -140,15 +203,22 @@ def _prepare(item: Item | Fault, timeout: float, attempts: int) -> _Prepared:
         return _Prepared([], None, [{"name": item.name, "code": item.code, "message": item.message}])
     encoded: dict[int, tuple[str, bytes]] = {}
     bad = []
+    lost = False
     for row, picture in enumerate(item.pictures):
         try:
             encoded[row] = _encoded(picture, timeout, attempts)
         except ImageError as error:
             bad.append({"name": picture.name, "code": error.code, "message": error.message})
-    if not bad:
+            lost = True
+    records = dict(item.records)
+    if "phrases" in records:
+        records["phrases"], others = _upright_phrases(item, encoded)
+        bad += others
+        lost = lost or bool(others)
+    if not lost:
         names = [picture.name for picture in item.pictures]
-        return _Prepared(list(encoded.values()), {"images": names, **item.records}, bad)
-    kept = {kind: [r for r in rows if all(row in encoded for row in rows_of(r))] for kind, rows in item.records.items()}
+        return _Prepared(list(encoded.values()), {"images": names, **records}, bad)
+    kept = {kind: [r for r in rows if all(row in encoded for row in rows_of(r))] for kind, rows in records.items()}
     used = sorted({row for records in kept.values() for record in records for row in rows_of(record)})
     if not used:
         return _Prepared([], None, bad)
@@ -156,6 +226,26 @@ def _prepare(item: Item | Fault, timeout: float, attempts: int) -> _Prepared:
     moved = {kind: [_moved(record, new_row) for record in records] for kind, records in kept.items() if records}
     names = [item.pictures[row].name for row in used]
     return _Prepared([encoded[row] for row in used], {"images": names, **moved}, bad)
+
+
+def _upright_phrases(
+    item: Item, encoded: dict[int, tuple[str, bytes]]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The phrases of an item with their boxes as the pictures are shown, and a line for each box of another picture."""
+    shapes = {row: picture_shape(data) for row, (_, data) in encoded.items()}
+    phrases, bad = [], []
+    for phrase in item.records["phrases"]:
+        row = phrase["image"]
+        try:
+            turn = turn_of(phrase.get("size"), shapes.get(row))
+        except DataError as error:
+            name = item.pictures[row].name
+            bad.append({"name": name, "code": error.code, "message": f"{phrase['phrase'][:60]}: {error.message}"})
+            continue
+        if turn != 1:
+            phrase = phrase | {"box": cut(turned(phrase["box"], turn)), "size": phrase["size"][::-1]}
+        phrases.append(phrase)
+    return phrases, bad
 
 
 def _moved(record: dict[str, Any], new_row: dict[int, int]) -> dict[str, Any]:
@@ -174,21 +264,19 @@ def _encoded(picture: Picture, timeout: float, attempts: int) -> tuple[str, byte
     if not data:
         raise ImageError(f"{picture.name} is empty", code="empty")
     try:
-        open_image(data, target=32)  # JPEG is decoded small: damage shows all the same
+        kind = format_of(open_image(data, target=32))  # JPEG is decoded small: damage shows all the same
     except ImageError as error:
         raise ImageError(error.message.replace("the image data", picture.name, 1), error.hint, error.code) from error
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format or ""
     return _EXTENSION.get(kind, kind.lower()), data
 
 
 def _read(path: Path) -> bytes:
     try:
-        if not os.path.isfile(path):
-            reason = "is no file" if os.path.exists(path) else "does not exist"
-            raise ImageError(f"{path} {reason}", code="missing")
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_file(path, MAX_BYTES)
+    except NotAFile as error:
+        raise ImageError(f"{path} is {error.what}, not a file", code="missing") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"{path} does not exist", code="missing") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} can't be read: {getattr(error, 'strerror', error)}", code="unreadable") from error
     if len(data) > MAX_BYTES:
@@ -217,40 +305,42 @@ class _State:
 
     @classmethod
     def begin(cls, options: PackOptions, out: Path, force: bool) -> _State:
-        """The state to go on from; a new one where ``out`` is new, or its pack is to be replaced."""
-        values = json.loads(json.dumps(vars(options) | {"version": VERSION, "stamp": _stamp(options.source)}))
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is a file", "name a folder")
-        there = sorted(os.listdir(out)) if out.exists() else []
-        foreign = [name for name in there if not _OURS.fullmatch(name)]
-        if there and PROGRESS not in there and not is_pack_folder(out):
-            foreign = there  # shards of someone else
-        if foreign:
-            raise DataError(f"{out} holds other files: {foreign[0]}", "name a new folder")
-        if INDEX in there and not force:
-            raise DataError(f"{out} is a pack already", "--force replaces it")
-        if PROGRESS in there and INDEX not in there and not force:
-            state = cls._read(out / PROGRESS)
-            if state.options != values:
+        """The state to go on from; a new one with ``force``, or where ``out`` is new.
+
+        What was begun otherwise in a hidden folder is begun anew; elsewhere that is a DataError.
+        """
+        values = json.loads(to_json(vars(options) | {"version": VERSION, "stamp": _stamp(options.source)}))
+        out.mkdir(exist_ok=True)
+        there = sorted(filter(_is_ours, os.listdir(out)))
+        if PROGRESS in there and not force:
+            hidden = out.name == BUILDING
+            try:
+                state = cls._read(out / PROGRESS)
+                if state.options == values:
+                    for name in there:
+                        if name.endswith(".part"):
+                            (out / name).unlink()
+                    return state
                 changed = [key for key in values if state.options.get(key) != values[key]]
                 raise DataError(f"{out} was begun with another {', '.join(changed)}", "--force begins anew")
-            return state
-        for name in (INDEX, *there):  # the index first: without it there is no pack
-            with suppress(FileNotFoundError):
-                (out / name).unlink()
-        out.mkdir(parents=True, exist_ok=True)
+            except DataError:
+                if not hidden:
+                    raise
+        for name in there:
+            (out / name).unlink()
+        shutil.rmtree(out / BUILDING, ignore_errors=True)
         state = cls(values)
         state.write(out)
         return state
 
     def write(self, out: Path) -> None:
-        write_atomically(out / PROGRESS, json.dumps(vars(self)).encode())
+        write_atomically(out / PROGRESS, to_json(vars(self)).encode())
 
     @classmethod
     def _read(cls, file: Path) -> _State:
         try:
-            return cls(**json.loads(file.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
+            return cls(**read_json(file, 1 << 28))  # of a pack of a million files it is long
+        except (ValueError, TypeError) as error:
             raise DataError(f"{file} is damaged", "--force begins anew") from error
 
 
@@ -277,7 +367,7 @@ class _Writer:
         """Write one entry of the input; a shard that has its size is finished before."""
         sample = text = b""
         if made.values is not None:
-            text = json.dumps(made.values, ensure_ascii=False, separators=(",", ":")).encode()
+            text = to_json(made.values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
             if len(text) > MAX_JSON:
                 name = next(iter(made.values["images"]), "")
                 made = _Prepared([], None, [{"name": name, "code": "too_large", "message": "too many texts"}])
@@ -318,8 +408,8 @@ class _Writer:
         if not self.samples:
             raise DataError(f"nothing in {self.options.source} can be packed", "see " + str(self.out / LEFT_OUT))
         index = PackIndex(
-            format=FORMAT, version=VERSION, source=Path(self.options.source).name, text_only=self._images == 0,
-            samples=self.samples, images=self._images, per_sample=self._per_sample,
+            format=FORMAT, version=VERSION, source=readable(Path(self.options.source).name),
+            text_only=self._images == 0, samples=self.samples, images=self._images, per_sample=self._per_sample,
             kinds={kind: self._kinds[kind].summary() for kind in KIND_NAMES if kind in self._kinds},
             left_out=dict(sorted(self._left_out.items())),
             shards=[ShardEntry.model_validate(values) for values in self.state.shards],
@@ -335,7 +425,7 @@ class _Writer:
         self._left_out[line["code"]] += 1
         if len(self.first_bad) < 5:
             self.first_bad.append(f"{line['name']}: {line['code']}")
-        self._log.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        self._log.write((to_json(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
     def _close_shard(self) -> None:
         assert self._shard is not None

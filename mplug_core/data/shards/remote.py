@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mplug_core.data.shards.index import FORMAT, INDEX, FileEntry, PackIndex, is_pack_folder, parse_index
-from mplug_core.errors import DataError
+from mplug_core.download import Address, Unavailable, fetch_bytes, fetch_to, is_address
+from mplug_core.errors import DataError, UsageError, shown_address
+from mplug_core.home import cache_home
 
 SCHEMES = ("http", "https", "s3")
 MAX_INDEX = 1 << 28
@@ -39,10 +40,18 @@ def is_url(path: str | Path) -> bool:
 
 
 def checked_url(url: str) -> str:
-    """``url`` without a slash at the end; DataError for every scheme but http, https and s3."""
-    scheme = urlsplit(url).scheme.lower()
-    if "::" in url.split("/", 1)[0] or scheme not in SCHEMES or not urlsplit(url).netloc:
-        raise DataError(f"{url} is no URL that is opened here", f"give a local path, or {', '.join(SCHEMES)}")
+    """``url`` without a slash at the end; DataError for every scheme but http, https and s3, UsageError for an http
+    address that is none."""
+    hint = f"give a local path, or {', '.join(SCHEMES)}"
+    url = url.strip()
+    scheme, _, rest = url.partition("://")
+    if "::" in url.split("/", 1)[0] or scheme.lower() not in SCHEMES or not rest.strip("/"):
+        raise DataError(f"{shown_address(url)} is no URL that is opened here", hint)
+    if is_address(url):
+        try:
+            Address.parse(url)
+        except Unavailable as error:
+            raise UsageError(f"{shown_address(url)} is no address: {error}", hint) from error
     return url.rstrip("/")
 
 
@@ -87,15 +96,16 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache: Path, limit: int, attempts: int = ATTEMPTS) -> None:
         """``limit``: bytes that the cache may hold."""
-        self.url = self.name = checked_url(url)
+        self.url = checked_url(url)
+        self.name = shown_address(self.url)
+        self._address = Address.parse(self.url) if is_address(self.url) else None
         self.cache, self.limit, self.attempts = cache, limit, attempts
         self._system: tuple[int, Any] | None = None
         self._ahead: tuple[int, threading.Thread] | None = None
 
     def index(self) -> PackIndex:
-        where = f"{self.url}/{INDEX}"
-        data = self._tried(where, lambda: self._read_whole(where))
-        return parse_index(data, where)
+        data = self._tried(INDEX, self._read_index)
+        return parse_index(data, self._shown(INDEX))
 
     def file(self, name: str, entry: FileEntry, verify: bool = False) -> Path:
         """The file in the cache, fetched if it isn't there; Unreachable where it can't be had or is another one."""
@@ -104,7 +114,7 @@ class RemoteFolder:
             self.cache.mkdir(parents=True, exist_ok=True)
             with self._locked(f"{entry.sha256}.lock"):  # one process fetches, the others find it
                 if not self._there(path, entry):
-                    self._tried(f"{self.url}/{name}", lambda: self._fetch(f"{self.url}/{name}", entry, path))
+                    self._tried(name, lambda: self._fetch(name, entry, path))
         return path
 
     def ahead(self, files: list[tuple[str, FileEntry]]) -> None:
@@ -143,45 +153,49 @@ class RemoteFolder:
         return True
 
     @property
-    def system(self) -> Any:
+    def _s3(self) -> Any:
         """fsspec's file system, made anew in each process: its threads don't survive a fork."""
         if self._system is None or self._system[0] != os.getpid():
             import fsspec
 
-            scheme = urlsplit(self.url).scheme.lower()
-            options: dict[str, Any] = {"skip_instance_cache": True}
-            if scheme in ("http", "https"):
-                import aiohttp
-
-                timeout = aiohttp.ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)
-                options["client_kwargs"] = {"timeout": timeout}
             try:
-                self._system = (os.getpid(), fsspec.filesystem(scheme, **options))
+                self._system = (os.getpid(), fsspec.filesystem("s3", skip_instance_cache=True))
             except ImportError as error:
-                raise DataError(f"{scheme}:// needs a package that isn't here", "pip install 'mplug[s3]'") from error
+                raise DataError("s3:// needs a package that isn't here", "pip install 'mplug[s3]'") from error
         return self._system[1]
 
-    def _read_whole(self, where: str) -> bytes:
-        data = self.system.cat_file(where)
+    def _shown(self, name: str) -> str:
+        """A file of the pack as messages call it."""
+        return self._address.inside(name).shown if self._address else f"{self.name}/{name}"
+
+    def _read_index(self) -> bytes:
+        if self._address:
+            data = fetch_bytes(self._address.inside(INDEX), MAX_INDEX, TIMEOUT, 10 * TIMEOUT)
+        else:
+            data = self._s3.cat_file(f"{self.url}/{INDEX}")
         if len(data) > MAX_INDEX:
-            raise DataError(f"{where} is larger than {MAX_INDEX >> 20} MB", "is it the index of a pack?")
+            raise DataError(f"{self._shown(INDEX)} is larger than {MAX_INDEX >> 20} MB", "is it the index of a pack?")
         return data
 
-    def _fetch(self, url: str, entry: FileEntry, path: Path) -> None:
-        part = self._make_room(entry.bytes, path)
+    def _fetch(self, name: str, entry: FileEntry, path: Path) -> None:
+        part, shown = self._make_room(entry.bytes, path), self._shown(name)
         try:
-            self.system.get_file(url, str(part), callback=_bounded(url, entry.bytes))
+            if self._address:
+                fetch_to(self._address.inside(name), part, entry.bytes, TIMEOUT)
+            else:
+                self._s3.get_file(f"{self.url}/{name}", str(part), callback=_bounded(shown, entry.bytes))
             size = part.stat().st_size
             if size != entry.bytes:
-                raise _Different(f"{url} has {size:,} bytes, its index says {entry.bytes:,}")
+                raise _Different(f"{shown} has {size:,} bytes, its index says {entry.bytes:,}")
             if sha256_of(part) != entry.sha256:
-                raise _Different(f"{url} has another checksum than its index says")
+                raise _Different(f"{shown} has another checksum than its index says")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
-    def _tried(self, what: str, work: Any) -> Any:
-        """``work()``, again after a pause where the connection fails; Unreachable in the end."""
+    def _tried(self, name: str, work: Any) -> Any:
+        """``work()`` on a file, again after a pause where the connection fails; Unreachable in the end."""
+        what = self._shown(name)
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(min(PAUSE * 2 ** (attempt - 1), 8.0))
@@ -195,8 +209,10 @@ class RemoteFolder:
                 last = error
                 if isinstance(error, FileNotFoundError | PermissionError):
                     break
+                if isinstance(error, Unavailable) and not error.again:
+                    break
         reason = str(last) or type(last).__name__
-        if isinstance(last, FileNotFoundError):
+        if isinstance(last, FileNotFoundError) or (isinstance(last, Unavailable) and last.is_gone):
             reason = "there is no such file"
         shown = reason if isinstance(last, _Different) else f"{what} can't be fetched: {reason}"
         raise Unreachable(shown, "check the URL and the server") from last
@@ -263,8 +279,8 @@ Folder = LocalFolder | RemoteFolder
 
 def default_cache() -> Path:
     """``$MPLUG_CACHE/shards`` or ``~/.cache/mplug/shards``."""
-    root = os.environ.get("MPLUG_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mplug")
-    return Path(root).expanduser() / "shards"
+    root = os.environ.get("MPLUG_CACHE")
+    return (Path(os.path.expanduser(root)) if root else cache_home() / "mplug") / "shards"
 
 
 def locate(
@@ -277,8 +293,8 @@ def locate(
     if is_url(path):
         if format not in (None, "shards"):
             raise DataError(f"{path} can't be read as {format}", "only packs are read from URLs: mplug data pack")
-        url = f"{checked_url(path)}/{split}" if split else path
-        return RemoteFolder(url, Path(cache).expanduser() if cache else default_cache(), int(cache_gb * 1e9))
+        url = _in_split(checked_url(path), split)
+        return RemoteFolder(url, Path(os.path.expanduser(cache)) if cache else default_cache(), int(cache_gb * 1e9))
     for folder in (Path(path) / split, Path(path)) if split else (Path(path),):
         if is_pack_folder(folder):
             if split and folder == Path(path):
@@ -289,6 +305,14 @@ def locate(
     if format == "shards":
         raise DataError(f"{path} has no {INDEX} with format {FORMAT}", "mplug data pack makes one")
     return None
+
+
+def _in_split(url: str, split: str | None) -> str:
+    """The URL of a split's folder; a query stays behind it."""
+    if not split:
+        return url
+    before, asked, query = url.partition("?")
+    return f"{before.rstrip('/')}/{split}{asked}{query}"
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,6 @@ The JSON is ``{"images": [NAME, ...], "captions": [...], "questions": [...], ...
 from __future__ import annotations
 
 import io
-import json
 import math
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mplug_core.bounded import Unreadable, parse_json
+from mplug_core.data.folders import IMAGE_SUFFIXES
 from mplug_core.data.records import (
     ENTAILMENT_LABELS,
     CaptionRecord,
@@ -33,10 +34,7 @@ from mplug_core.errors import DataError
 RECORD_TYPES: dict[str, type] = dict(
     zip(KIND_NAMES, (CaptionRecord, QuestionRecord, PhraseRecord, StatementRecord, EntailmentRecord), strict=True)
 )
-# of the formats that images.py opens
-EXTENSIONS = frozenset((
-    "jpg", "jpeg", "png", "gif", "webp", "avif", "bmp", "tif", "tiff", "jp2", "ppm", "pgm", "pbm", "ico", "qoi",
-))  # fmt: skip
+EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 MAX_JSON = 16 << 20
 """Bytes of one sample's JSON."""
 BLOCK = 512
@@ -121,6 +119,8 @@ def read_sample(data: bytes, key: str) -> Sample:
                     raise DamagedSample(f"expected member {key}, got {name[:100]!r}", code="other_sample")
                 row, _, kind = extension.rpartition(".")
                 if extension == "json":
+                    if text is not None:
+                        raise DamagedSample("its .json comes twice", code="broken_tar")
                     text = content_of(tar, info)
                 elif kind in EXTENSIONS and (not row or row.isdecimal()) and len(row) < 9:
                     images[int(row or 0)] = content_of(tar, info)
@@ -155,9 +155,9 @@ def decode(text: bytes) -> tuple[tuple[str, ...], dict[str, list[tuple[tuple[int
     if len(text) > MAX_JSON:
         raise DamagedSample("the .json is too large", code="broken_json")
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DamagedSample(f"the .json is not JSON: {error}", code="broken_json") from error
+        values = parse_json(text)
+    except Unreadable as error:
+        raise DamagedSample(f"the .json can't be read: {error}", code="broken_json") from error
     names = values.get("images") if isinstance(values, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DamagedSample('the .json has no list "images"', code="broken_json")

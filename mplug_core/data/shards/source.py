@@ -52,6 +52,7 @@ class ShardSource(Source):
         self.images: dict[int, bytes] = {}  # type: ignore[assignment]
         self.names: dict[int, str] = {}
         self._drawn = 0
+        self._strange = []
         self._bad: set[str] = set()
         self._damaged: dict[int, Unreachable] = {}
         for number, error in () if pack.fetched else pack.faults():
@@ -106,6 +107,7 @@ class ShardSource(Source):
     def _take(self, samples: list[tuple[int, int]]) -> tuple[list[int], list[str]]:
         """Read these samples; the numbers of their images, and a line for each sample that can't be used."""
         self.by_image, self.images, self.names = {}, {}, {}
+        self._settled = set()
         bad = []
         self._drawn += len(samples)
         for shard, number in samples:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mplug_core.weights import durable
-from mplug_core.weights.durable import copy_folder, exchange, replace_folder, replace_text
+from mplug_core import atomic
+from mplug_core.atomic import copy_folder, exchange, replace_folder, replace_text, whole_folder
 
 
 def folder(path: Path, text: str) -> Path:
@@ -29,7 +29,7 @@ def test_exchange_changes_names_and_says_if_it_cannot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("able", [True, False])
 def test_new_folder_takes_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     if not able:
-        monkeypatch.setattr(durable, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     for text in ("first", "second"):
         replace_folder(folder(tmp_path / ".m-new", text), tmp_path / "m")
         assert (tmp_path / "m" / "a").read_text() == text
@@ -86,3 +86,28 @@ def test_copy_shares_weights_where_it_can(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "copy" / "model.safetensors").read_text() == "weights"
     assert (tmp_path / "copy" / "model.safetensors").samefile(source / "model.safetensors") == able
     assert not (tmp_path / "copy" / "a").samefile(source / "a"), "texts are edited in place"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_what_killed_processes_have_left_beside_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    if not able:
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
+    for name in (".m-0123abcd.new", ".m-ab_cd123", ".m-ab_cd124"):  # the last two are of an earlier version
+        folder(tmp_path / name, "half")
+    folder(tmp_path / ".m-ab_cd125", "of the user").joinpath("notes").write_text("mine")
+    folder(tmp_path / "m", "old")
+    with whole_folder(tmp_path / "m") as beside:
+        (beside / "a").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m-ab_cd125", "m"]
+    assert (tmp_path / "m" / "a").read_text() == "new"
+
+
+def test_a_folder_that_was_put_aside_gets_its_name_back(tmp_path: Path) -> None:
+    """A kill came between two renames: neither name is lost, and what fails next changes nothing."""
+    folder(tmp_path / ".m-0123abcd.new.old", "old")
+    folder(tmp_path / ".m-0123abcd.new", "new")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "m"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "m" / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["m"]
