@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mplug_core.model.compiler import without_compiler
+from mplug_core.model.depthwise import convolve
 
 with without_compiler():
-    from timm.layers import BatchNormAct2d, Conv2dSame
-    from timm.layers.conv2d_same import conv2d_same
+    from timm.layers import BatchNormAct2d, Conv2dSame, pad_same
 
 FOLDED_IN = {
     "EfficientNet", "MobileNetV3", "ConvBnAct", "DepthwiseSeparableConv", "InvertedResidual", "EdgeResidual",
@@ -78,15 +78,17 @@ class FoldedConv(_Folded, nn.Conv2d):
     """``x`` [B, C, H, W] convolved and normalised."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.folded(x.dtype))
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return self._conv_forward(x, *self.folded(x.dtype))
+        return convolve(x, *self.folded(x.dtype), self.stride, self.padding, self.dilation, self.groups)
 
 
 class FoldedConvSame(_Folded, Conv2dSame):
     """As :class:`FoldedConv`, padded as TensorFlow pads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.folded(x.dtype)
-        return conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return convolve(x, *self.folded(x.dtype), self.stride, (0, 0), self.dilation, self.groups)
 
 
 FIXED = {nn.BatchNorm2d: FixedBatchNorm, BatchNormAct2d: FixedBatchNormAct}
