@@ -1,8 +1,8 @@
 """Grouped convolutions whose gradients are computed where a CPU is fast: in float32, channels last.
 
-The bfloat16 kernels for the gradients of depthwise convolutions take 2 to 12 times as long as those of float32 (oneDNN as
-of PyTorch 2.14, with and without matrix units), which was two thirds of a training step of EfficientNet-lite0. The
-products are rounded less, too. ``python -m benchmarks.depthwise`` measures both.
+oneDNN's bfloat16 kernels for the gradients of depthwise convolutions take 2 to 12 times as long as those of float32, on
+CPUs with matrix units, too (PyTorch 2.14): two thirds of a training step of EfficientNet-lite0. ``python -m
+benchmarks.depthwise`` measures both.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from mplug_core.data.shards.remote import locate
 from mplug_core.data.shards.source import ShardSource, text_records
 from mplug_core.data.text import Tokenizer, texts_of
 from mplug_core.device import multiplies_bf16
-from mplug_core.errors import CheckpointError, DataError, MplugError, RecipeError
+from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
 from mplug_core.model.mplug import MplugModel
@@ -118,6 +118,7 @@ class Trainer:
         self.pieces = 1
         self.recipe = recipe = self._same_batch(self._same_precision(recipe))
         self.stop_signal: int | None = None
+        self.aligning = False
         settle_threads(recipe.engine.threads, self.world.size if self.world.device.type == "cpu" else 1)
         if self.world.device.type == "cpu":
             keep_freed_memory()
@@ -484,12 +485,15 @@ class Trainer:
             raise MplugError(f"cannot write {self.folder}: {error.strerror}", "set run.folder") from error
 
     def _listen(self) -> None:
-        """Ask to be stopped between steps on SIGTERM, SIGINT and SIGUSR1; a second signal stops at once."""
+        """Ask to be stopped between steps on SIGTERM, SIGINT and SIGUSR1; a second signal stops at once, and so does
+        the first while an aligning stage computes, which has nothing to save."""
 
         asked = 0.0
 
         def note(number: int, frame: Any) -> None:
             nonlocal asked
+            if self.aligning:
+                raise Preempted("stopped while aligning: features of images are kept", "run it again to go on")
             if self.stop_signal is None:
                 self.stop_signal, asked = number, time.monotonic()
             # a terminal signals the launcher and its processes at once, and the launcher hands it on: that is one wish
@@ -522,14 +526,18 @@ class Trainer:
             self.model, self.texts, sources, stage.align, optimizer, steps, self.recipe.seed, self.watch, others
         )
         file = self.folder / f"{stage.name}.safetensors"
-        with together(self.world):
-            if self.world.is_first:
-                self.stand_in = alignment.run(file)
-                if alignment.figures:
-                    self.watch("align", {"stage": stage.name, **alignment.figures})
-        with together(self.world):
-            if self.stand_in is None:
-                self.stand_in = alignment.run(file)
+        self.aligning = True
+        try:
+            with together(self.world):
+                if self.world.is_first:
+                    self.stand_in = alignment.run(file)
+                    if alignment.figures:
+                        self.watch("align", {"stage": stage.name, **alignment.figures})
+            with together(self.world):
+                if self.stand_in is None:
+                    self.stand_in = alignment.run(file)
+        finally:
+            self.aligning = False
         if self.average is not None:
             self.average.reset(self.model)
 

@@ -255,6 +255,24 @@ def test_photos_that_align_finds_no_caption_of(photos: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run" / "features").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_aligning_acts_at_once(photos: Path, tmp_path: Path, number: int) -> None:
+    """Nothing but features is there to be kept; the run goes on from them."""
+    recipe, seen = photo_recipe(photos, tmp_path / "run"), []
+
+    def stop(kind: str, figures: dict[str, Any]) -> None:
+        seen.append(kind)
+        if kind == "note" and figures["text"].startswith("align: "):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Preempted, match="while aligning") as caught:
+        train(recipe, watch=stop)
+    assert caught.value.exit_code == 75 and "step" not in seen and "end" not in seen
+    assert not (tmp_path / "run" / "align.safetensors").exists()
+    train(recipe, watch=lambda kind, figures: seen.append(kind))
+    assert seen[-1] == "end"
+
+
 def test_a_run_that_aligns(photos: Path, tmp_path: Path) -> None:
     """Photos, and captions alone with stand-ins, in one run that is resumed."""
     recipe = photo_recipe(photos, tmp_path / "run")
