@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mplug_core.model.attention import DecoderCache, causal_mask, key_mask
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.kernels import TOKENS, made_for_shapes, rounded
 from mplug_core.model.text import BertLayer, Embeddings
 
 CHUNK_BYTES = 1 << 26
@@ -42,7 +43,8 @@ class LanguageHead(nn.Module):
             return F.linear(hidden, words.weight, self.bias)
 
         def reduced(part: Tensor, rows: slice) -> Tensor:
-            return reduce(F.linear(part, words.weight, self.bias), rows)
+            more = rounded(len(part), TOKENS) - len(part) if made_for_shapes(words.weight) else 0
+            return reduce(F.linear(F.pad(part, (0, 0, 0, more)), words.weight, self.bias)[: len(part)], rows)
 
         if len(hidden) <= self.chunk:
             return reduced(hidden, slice(0, len(hidden)))

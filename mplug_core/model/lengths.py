@@ -6,11 +6,14 @@ its rows, pieces cost less than padding; on a GPU one large product is cheaper, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mplug_core.model.kernels import LENGTH, ROWS, rounded
 
 LEAST = 16
 """Rows of a piece, at least."""
@@ -18,29 +21,59 @@ WORTH = 0.85
 """Share of the padded tokens that pieces may compute at most to be worth their overhead."""
 
 
-def pieces_by_length(mask: Tensor) -> list[tuple[Tensor, int]] | None:
-    """Rows [n] of each piece and the length of its longest text, from ``mask`` [B, T] (1 = real, padded on the right).
+@dataclass(frozen=True)
+class Piece:
+    """Texts that go through the layers together."""
 
-    None where a single pass is as good.
+    rows: Tensor
+    """Which of the batch's: the first ``real`` of them, then one of them again up to a round number."""
+    real: int
+    length: int
+    """Tokens of each."""
+
+    def of(self, texts: Tensor) -> Tensor:
+        """The piece's [n, length, ...] of ``texts`` [B, T, ...], zeros behind T."""
+        found = texts[self.rows, : self.length]
+        return F.pad(found, (*(0, 0) * (found.dim() - 2), 0, self.length - found.shape[1]))
+
+
+def pieces_by_length(mask: Tensor, round_up: bool = False, longest: int = 1 << 30) -> list[Piece] | None:
+    """The pieces of texts with ``mask`` [B, T] (1 = real, padded on the right).
+
+    ``round_up``: rows and lengths are round numbers, lengths of at most ``longest``. None where a single pass is as
+    good.
     """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling() or len(mask) < 2 * LEAST:
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or not mask.numel():
         return None
     # the place of the last real token: a mask may have holes
     lengths, order = (mask.bool() * torch.arange(1, mask.shape[1] + 1)).amax(1).sort()
-    pieces = min(4, len(mask) // LEAST)
-    found = [(rows, max(1, int(lengths[part[-1]]))) for rows, part in _parts(order, pieces)]
-    computed = sum(len(rows) * longest for rows, longest in found)
-    return found if computed <= WORTH * mask.numel() else None
+
+    def cut(pieces: int) -> list[Piece]:
+        found = []
+        for part in torch.arange(len(order)).chunk(pieces):
+            rows, real, length = order[part], len(part), max(1, int(lengths[part[-1]]))
+            if round_up:
+                rows = F.pad(rows, (0, rounded(real, ROWS) - real), value=int(rows[0]))
+                length = min(rounded(length, LENGTH), longest)
+            found.append(Piece(rows, real, length))
+        return found
+
+    found = cut(max(1, min(4, len(mask) // LEAST)))
+    computed = sum(len(piece.rows) * piece.length for piece in found)
+    if len(found) > 1 and computed <= WORTH * mask.numel():
+        return found
+    return cut(1) if round_up else None
 
 
-def _parts(order: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
-    places = torch.arange(len(order)).chunk(pieces)
-    return [(order[part], part) for part in places]
+def in_pieces(pieces: Sequence[Piece], length: int, compute: Callable[[Piece], Tensor]) -> Tensor:
+    """[B, ``length``, W]: what ``compute`` gives for each piece [n, its length, W], texts only; zeros behind it."""
+    parts = []
+    for piece in pieces:
+        found = compute(piece)[: piece.real, :length]
+        parts.append(F.pad(found, (0, 0, 0, length - found.shape[1])))
+    return torch.cat(parts)[places(pieces)]
 
 
-def in_pieces(pieces: list[tuple[Tensor, int]], length: int, compute: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """[B, ``length``, W]: what ``compute`` gives for the rows [n] of each piece, of a length [n, its length, W]; zeros
-    behind it."""
-    parts = [F.pad(compute(rows, longest), (0, 0, 0, length - longest)) for rows, longest in pieces]
-    back = torch.cat([rows for rows, _ in pieces]).argsort()
-    return torch.cat(parts)[back]
+def places(pieces: Sequence[Piece]) -> Tensor:
+    """Where each text of the batch is in the joined results of pieces."""
+    return torch.cat([piece.rows[: piece.real] for piece in pieces]).argsort()

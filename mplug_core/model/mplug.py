@@ -16,7 +16,8 @@ from mplug_core.model.attention import DecoderCache
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.decoder import Decoder, LanguageHead, Reduce
 from mplug_core.model.fusion import Fusion
-from mplug_core.model.lengths import in_pieces, pieces_by_length
+from mplug_core.model.kernels import made_for_shapes
+from mplug_core.model.lengths import Piece, in_pieces, pieces_by_length, places
 from mplug_core.model.text import TextEncoder
 from mplug_core.model.vision import VisualEncoder
 from mplug_core.recipe import ImageHeadSection
@@ -327,7 +328,7 @@ class MplugModel(nn.Module):
         pieces = self._pieces(mask)
         if pieces is None:
             return self.text(ids, mask)
-        return in_pieces(pieces, ids.shape[1], lambda rows, n: self.text(ids[rows, :n], mask[rows, :n]))
+        return in_pieces(pieces, ids.shape[1], lambda piece: self.text(piece.of(ids), piece.of(mask)))
 
     def text_feature(self, text: Tensor, mask: Tensor) -> Tensor:
         """Contrastive feature [B, E] of encoded text [B, T, W]: its [CLS], or its mean as ``text_pooling`` says.
@@ -350,15 +351,14 @@ class MplugModel(nn.Module):
             return self.fusion(image.tokens, text, image.mask, text_mask)
         fused_images: list[Tensor] = []
 
-        def fused(rows: Tensor, n: int) -> Tensor:
-            seen = image[rows]
-            fused_image, fused_text = self.fusion(seen.tokens, text[rows, :n], seen.mask, text_mask[rows, :n])
-            fused_images.append(fused_image)
+        def fused(piece: Piece) -> Tensor:
+            seen = image[piece.rows]
+            fused_image, fused_text = self.fusion(seen.tokens, piece.of(text), seen.mask, piece.of(text_mask))
+            fused_images.append(fused_image[: piece.real])
             return fused_text
 
         fused_text = in_pieces(pieces, text.shape[1], fused)
-        back = torch.cat([rows for rows, _ in pieces]).argsort()
-        return torch.cat(fused_images)[back], fused_text
+        return torch.cat(fused_images)[places(pieces)], fused_text
 
     def memory(
         self, image: ImageEncoding, text: Tensor | None = None, text_mask: Tensor | None = None
@@ -378,9 +378,12 @@ class MplugModel(nn.Module):
             )
         return torch.cat([fused_image, fused_text], 1), torch.cat([image_mask, text_mask.bool()], 1)
 
-    def _pieces(self, mask: Tensor) -> list[tuple[Tensor, int]] | None:
+    def _pieces(self, mask: Tensor) -> list[Piece] | None:
         # without `by_length` every batch calls every layer once, which processes that share weights rely on
-        return pieces_by_length(mask) if self.by_length else None
+        if not self.by_length:
+            return None
+        some = next(self.parameters())
+        return pieces_by_length(mask, made_for_shapes(some), self.config.max_positions)
 
     def hidden(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
         """The decoder's hidden states [B, T - 1, W] of whole texts ``ids`` [B, T] (``mask``: 1 = real), a row of the
@@ -390,9 +393,9 @@ class MplugModel(nn.Module):
         if pieces is None:
             return self.decoder(ids, memory, memory_mask)
 
-        def decoded(rows: Tensor, n: int) -> Tensor:
-            seen = None if memory_mask is None else memory_mask[rows]
-            return self.decoder(ids[rows, :n], memory[rows], seen)
+        def decoded(piece: Piece) -> Tensor:
+            seen = None if memory_mask is None else memory_mask[piece.rows]
+            return self.decoder(piece.of(ids), memory[piece.rows], seen)
 
         return in_pieces(pieces, ids.shape[1], decoded)
 

@@ -28,6 +28,7 @@ from mplug_core.device import multiplies_bf16
 from mplug_core.errors import CheckpointError, DataError, MplugError, Preempted, RecipeError
 from mplug_core.model.config import MplugConfig
 from mplug_core.model.hollow import hollow
+from mplug_core.model.kernels import keep_kernels
 from mplug_core.model.mplug import MplugModel
 from mplug_core.model.teacher import Teacher, build_teacher
 from mplug_core.recipe import ModelSection, Recipe, SourceSection, StageSection
@@ -122,6 +123,7 @@ class Trainer:
         settle_threads(recipe.engine.threads, self.world.size if self.world.device.type == "cpu" else 1)
         if self.world.device.type == "cpu":
             keep_freed_memory()
+            keep_kernels()
         torch.manual_seed(recipe.seed)
         self._render_scenes()
         self.stages = recipe.stages or [StageSection(name="train")]
