@@ -355,7 +355,8 @@ class _Writer:
         self._kinds = {kind: _Tally.of(values) for kind, values in state.kinds.items()}
         self._images, self._per_sample = state.images, state.per_sample
         self._log = open(out / LEFT_OUT, "ab")  # noqa: SIM115
-        self._log.truncate(state.left_out_bytes)
+        self._log.truncate(min(state.left_out_bytes, self._log.tell()))
+        self._log.seek(0, os.SEEK_END)  # truncating leaves the position, which the next state would tell
         self._shard: _ShardFile | None = None
 
     @property
