@@ -1,8 +1,8 @@
 """Compare the model with golden tensors of the released code: ``python -m tests.parity DIR``.
 
 DIR holds ``manifest.json``, the weights in the released names and one safetensors file per fixture. The model is built
-from what is found there, and computes in float32 whatever the machine prefers. Prints a line per fixture: name, maximal error, tolerance, pass or FAIL or "not yet"; ends
-with 1 if one fails.
+from what is found there, and computes in float32 whatever the machine prefers. Prints a line per fixture: name, maximal
+error, tolerance, pass or FAIL or "not yet"; ends with 1 if one fails.
 """
 
 from __future__ import annotations
