@@ -20,22 +20,34 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from mplug_core.model import attention
 from mplug_core.training.storages import LiveStorages
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+
+
+def convolution_backward_flops(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any, **known: Any) -> int:
+    """The FLOPs of ``aten.convolution_backward``: of each gradient as many as the convolution has.
+
+    PyTorch's own formula leaves the groups out, and counts the gradient of depthwise weights hundreds of times.
+    """
+    transposed, wanted = others[4], others[7]
+    return conv_flop_count(x.shape, weight.shape, gradient.shape, transposed) * (wanted[0] + wanted[1])
+
+
 FORMULAS = {
     **flop_registry,
+    aten.convolution_backward: convolution_backward_flops,
     # PyTorch counts the fused attention of GPUs alone
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-"""Operations to what counts their FLOPs: PyTorch's formulas."""
+"""Operations to what counts their FLOPs: PyTorch's formulas but for two."""
 _BY_ROWS = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 

@@ -21,6 +21,7 @@ from mplug_core.training import precision, preflight, trainer
 from mplug_core.training.flops import DEVICE_FLOPS, StepFlops, peak_flops, step_flops, training_flops_per_image
 from mplug_core.training.memory import Activations, count_sizes, estimate_memory
 from mplug_core.training.preflight import Preflight, check_run, parts_of_check
+from mplug_core.training.tracing import convolution_backward_flops
 from mplug_core.training.trainer import Trainer
 from mplug_core.training.workload import Workbench, build_parts
 from tests.small import FUSED_ON_CPU
@@ -221,6 +222,26 @@ def test_traced_flops_are_those_of_a_real_step(scenes: Path, tmp_path: Path, set
     assert traced.per_image * 8 == pytest.approx(counter.get_total_flops(), rel=0.03)
     assert (traced.by_kind.get("recomputed", 0) > 0) == bool(recipe.engine.checkpointing)
     assert traced.useful_per_image <= traced.per_image
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+@pytest.mark.parametrize("learns", [True, False])
+def test_flops_of_grouped_convolutions(groups: int, kind: type[torch.nn.Module], learns: bool) -> None:
+    """As many as of the groups one by one, which PyTorch counts rightly."""
+
+    def counted(channels: int, groups: int, mapping: dict[Any, Any]) -> int:
+        layer = kind(channels, channels, 3, padding=1, groups=groups).requires_grad_(learns)
+        x = torch.randn(2, channels, 6, 6, requires_grad=True)
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            layer(x).sum().backward()
+        return counter.get_total_flops()
+
+    def ours(*given: Any, **known: Any) -> int:
+        return convolution_backward_flops(*given, **known)
+
+    ours._get_raw = True  # given tensors, not shapes
+    assert counted(8, groups, {torch.ops.aten.convolution_backward: ours}) == groups * counted(8 // groups, 1, {})
 
 
 def test_flops_of_a_run_and_speeds_of_devices(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
