@@ -3,7 +3,7 @@
 >>> import mplug_core
 >>> model = mplug_core.load()
 >>> print(model.caption("examples/coffee.jpg"))
-a close up of a plate of food on a table
+a close up of a bowl of food
 
 **Images** are whatever a program has of them (:data:`ImageSource`): a path, an http(s) address, a ``data:`` URL or
 base64, the bytes of a file, an open binary file, a dict ``{"bytes", "path"}``, a Pillow image, a uint8 array [H, W, 3],
@@ -302,7 +302,7 @@ class Mplug(Loaded):
                 (:attr:`CaptionTask.decoding`).
 
         >>> model.caption("examples/coffee.jpg").text
-        'a close up of a plate of food on a table'
+        'a close up of a bowl of food'
         """
         return self._ask(images, None, self.captioner(n=n, seed=seed, **decoding), batch_size)
 
@@ -342,8 +342,8 @@ class Mplug(Loaded):
             batch_size: images, and questions, computed at once.
             decoding: as of :meth:`caption`. Default: greedy, 1 to 10 tokens (:attr:`VqaTask.decoding`).
 
-        >>> model.answer("examples/cat.jpg", "what color is the wall?").text
-        'brown'
+        >>> model.answer("examples/cat.jpg", "what animal is this?").text
+        'cat'
         """
         choices = None if choices is None else _choices(choices)
         answer = self.answerer(choices=choices, n=n, seed=seed, **decoding)
@@ -374,7 +374,7 @@ class Mplug(Loaded):
         upright picture in its full size, of normalised pixels those of the square.
 
         >>> print(model.ground("examples/scenes/second.jpg", "the large blue square"))
-        142.5 43.4 212.6 113.5
+        121.8 39.2 200.3 117.7
         """
         return self._ask(images, phrases, self.grounder(draws=draws), batch_size)
 
@@ -406,9 +406,9 @@ class Mplug(Loaded):
 
         >>> left, right = "examples/scenes/first.jpg", "examples/scenes/second.jpg"
         >>> model.reason(left, right, statement="only the right image contains a blue object").label
-        'false'
+        'true'
         >>> model.reason(right, hypothesis="there is a blue square").label
-        'neutral'
+        'entailment'
         """
         if (statement is None) == (hypothesis is None):
             raise UsageError("either a statement or a hypothesis is judged", "give one of the two")
@@ -471,8 +471,8 @@ class Mplug(Loaded):
         this model.
 
         >>> picture = model.encode("examples/cat.jpg")
-        >>> str(model.caption(picture)), str(model.answer(picture, "what color is the wall?"))
-        ('there is a cat that is looking at the camera', 'brown')
+        >>> str(model.caption(picture)), str(model.answer(picture, "what animal is this?"))
+        ('a cat sitting on top of a bed', 'cat')
         """
 
         def seen(encoding: ImageEncoding, asked: list[Asked]) -> list[Picture]:
