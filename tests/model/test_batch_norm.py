@@ -44,8 +44,9 @@ def test_equals_evaluation(name: str) -> None:
     for (key, theirs), ours in zip(network.named_parameters(), fixed.parameters(), strict=True):
         if theirs.grad is None:  # of a head behind the features
             continue
-        scale = float(theirs.grad.abs().max())
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=2e-3 * scale + 1e-7, msg=key)
+        # in the norm: where an activation is nearly 0 a rounding decides whether single elements have a gradient
+        error, size = float((ours.grad - theirs.grad).norm()), float(theirs.grad.norm())
+        assert error <= 1e-2 * size + 1e-7, (key, error, size)
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet26"])
