@@ -149,7 +149,8 @@ def test_data_is_called_by_the_last_part_of_its_path(path: str, name: str) -> No
 
 def test_embedded_card_is_understood() -> None:
     card = read_card(EMBEDDED)
-    assert card is not None and any("captions of Flickr8k" in cell for table in card.tables() for row in table for cell in row)
+    assert card is not None
+    assert any("captions of Flickr8k" in cell for table in card.tables() for row in table for cell in row)
 
 
 def test_card_that_cannot_be_read(tmp_path: Path) -> None:
