@@ -31,19 +31,10 @@ def calibrate(
         typer.Argument(metavar="[FOLDER]", help="A calibrated copy of the model. Default: the model's own folder."),
     ] = None,
     model: options.Model = None,
-    split: Annotated[str | None, typer.Option("--split", help="Part of the data set: val, ...")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="Layout of the data: vqa, ... Default: what it looks like.",
-            autocompletion=completion.formats,
-        ),
-    ] = None,
-    images: Annotated[
-        str | None, typer.Option("--images", metavar="DIR", help="Folder of the images, if not where the layout says.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")] = None,
+    split: options.Split = None,
+    layout: options.Layout = None,
+    images: options.Images = None,
+    limit: options.Limit = None,
     answers: Annotated[
         Path | None,
         typer.Option("--answers", metavar="FILE", help="For vqa: calibrate the choice from these, one a line."),

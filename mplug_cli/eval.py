@@ -16,7 +16,19 @@ import typer
 
 from mplug_cli import completion, show
 from mplug_cli.choices import check_choice
-from mplug_cli.options import MODELS, BatchSize, Device, Dtype, Quiet, Threads, model_path
+from mplug_cli.options import (
+    MODELS,
+    BatchSize,
+    Device,
+    Dtype,
+    Images,
+    Layout,
+    Limit,
+    Quiet,
+    Split,
+    Threads,
+    model_path,
+)
 from mplug_cli.streams import is_terminal, json_line, write_line
 from mplug_cli.vqa import read_answers
 from mplug_core.allocator import keep_freed_memory
@@ -123,19 +135,10 @@ def evaluate(
             autocompletion=completion.models_or_none,
         ),
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Part of the data set: val, test, ...")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="Layout of the data: coco, vqa, ... Default: what it looks like.",
-            autocompletion=completion.formats,
-        ),
-    ] = None,
-    images: Annotated[
-        str | None, typer.Option("--images", metavar="DIR", help="Folder of the images, if not where the layout says.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")] = None,
+    split: Split = None,
+    layout: Layout = None,
+    images: Images = None,
+    limit: Limit = None,
     beam: Annotated[
         int | None,
         typer.Option("--beam", min=1, max=MOST_BEAMS, help="Beams, for caption and vqa; 1 is greedy."),

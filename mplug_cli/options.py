@@ -60,6 +60,19 @@ def model_path(model: str | None) -> str | None:
     return model or os.environ.get(MODEL_VARIABLE)
 
 
+Split = Annotated[str | None, typer.Option("--split", help="Part of the data set: val, test, ...")]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Layout of the data: coco, vqa, ... Default: what it looks like.",
+        autocompletion=completion.formats,
+    ),
+]
+Images = Annotated[
+    str | None, typer.Option("--images", metavar="DIR", help="Folder of the images, if not where the layout says.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")]
 RecipeName = Annotated[
     str,
     typer.Option(
