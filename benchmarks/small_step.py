@@ -25,6 +25,7 @@ from mplug_core.data.batches import Batch, Source
 from mplug_core.data.text import texts_of
 from mplug_core.model import attention, dropout
 from mplug_core.model.config import MplugConfig
+from mplug_core.model.kernels import keep_kernels
 from mplug_core.recipe import Recipe, load_recipe
 from mplug_core.tasks.registry import TASKS
 from mplug_core.training.distributed import ALONE
@@ -95,6 +96,7 @@ def main() -> None:
     given = parser.parse_args()
     settle_threads(given.threads)
     keep_freed_memory()
+    keep_kernels()
     recipe = load_recipe(str(given.recipe), [f"data.root={given.data}", "engine={name: plain}"])
     engine_section = settled(recipe.engine, torch.device("cpu"))
     recipe = recipe.model_copy(update={"engine": engine_section})
